@@ -1,0 +1,29 @@
+"""Tokens per second at batch 1: `python benchmarks/decode.py [MODEL] [--llama-python VENV/python]`.
+
+128 greedy tokens after a prompt of 16, the end token ignored; time from the first token to the
+last. See README.md for how the rival is measured.
+"""
+
+from __future__ import annotations
+
+import harness
+import speed
+
+
+def main() -> None:
+    parser = speed.parser("Decode speed of Lacewing and llama.cpp, interleaved.")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    args = parser.parse_args()
+
+    def measure(candidate: harness.Candidate, turn: int) -> float:
+        count = args.tokens if turn >= 0 else 8
+        prompt = harness.token_ids(args.prompt_tokens, seed=turn)
+        answer = candidate.worker.ask("decode", prompt=prompt, count=count)
+        return float(count / answer["seconds"])
+
+    speed.run("decode", args, measure)
+
+
+if __name__ == "__main__":
+    main()

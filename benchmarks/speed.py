@@ -1,0 +1,112 @@
+"""The run that decode.py and prefill.py share: warm up, interleaved rounds, table, results file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import harness
+import models
+from harness import Candidate
+
+FORMATS = ["bf16", "w8a8g32", "w4a8g32", "w4a8g32z"]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("model", nargs="?", help="GGUF file or directory; default: SmolLM2-135M")
+    out.add_argument("--formats", nargs="+", default=FORMATS, choices=list(models.RIVALS))
+    out.add_argument("--llama-python", type=Path, help="interpreter that has llama-cpp-python")
+    out.add_argument("--context", type=int, default=1024)
+    harness.add_common_arguments(out)
+    return out
+
+
+def run(kind: str, args: argparse.Namespace, measure: Callable[[Candidate, int], float]) -> None:
+    """`measure(candidate, turn)` gives tokens per second; turn -1 warms up."""
+    bandwidth: list[float] = []
+    with ExitStack() as stack:
+        found = models.candidates(args, stack)
+        meter = stack.enter_context(harness.Worker.lacewing())
+        for candidate in found:
+            measure(candidate, -1)
+            harness.progress(f"ready: {candidate.name}")
+        for turn in range(args.rounds):
+            answer = meter.ask("bandwidth", threads=args.threads, seconds=0.5)
+            bandwidth.append(answer["gb_s"])
+            at = turn % len(found)  # nobody is always first
+            for candidate in found[at:] + found[:at]:
+                candidate.values.append(measure(candidate, turn))
+            harness.progress(f"round {turn + 1} of {args.rounds}")
+        engines = {c.engine: c.worker.ask("version") for c in found}
+    roof = median(bandwidth)
+    show(kind, found, roof)
+    if not args.no_save:
+        kept = record(kind, args, found, bandwidth, engines)
+        print("saved", harness.save(kind, kept, args.threads))
+
+
+def partner(candidate: Candidate, found: list[Candidate]) -> Candidate | None:
+    """The rival with the same bits."""
+    if candidate.engine != "lacewing":
+        return None
+    kind = models.RIVALS[candidate.format]
+    return next((c for c in found if c.engine != "lacewing" and c.format == kind), None)
+
+
+def ratio(candidate: Candidate, found: list[Candidate]) -> float | None:
+    """Median over the rounds of ours / theirs: what disturbs a whole round cancels."""
+    other = partner(candidate, found)
+    if other is None:
+        return None
+    return median(a / b for a, b in zip(candidate.values, other.values, strict=True))
+
+
+def show(kind: str, found: list[Candidate], roof: float) -> None:
+    decode = kind.startswith("decode")
+    head = ["", "MB", "tokens/s", "min", "max", "of memory", "x rival", "rival"]
+    rows = []
+    for c in found:
+        other, times = partner(c, found), ratio(c, found)
+        share = f"{c.median * c.weight_bytes / 1e9 / roof:.0%}" if decode else "-"
+        rows.append(
+            [c.name, f"{c.weight_bytes / 1e6:.0f}", f"{c.median:.1f}", f"{min(c.values):.1f}",
+             f"{max(c.values):.1f}", share, f"{times:.2f}" if times else "-",
+             other.format if other else "-"]
+        )  # fmt: skip
+    harness.table(f"{kind}: memory reads {roof:.1f} GB/s", head, rows)
+
+
+def record(
+    kind: str,
+    args: argparse.Namespace,
+    found: list[Candidate],
+    bandwidth: list[float],
+    engines: dict[str, Any],
+) -> dict[str, Any]:
+    """What the results file keeps."""
+    roof = median(bandwidth)
+    rows = []
+    for candidate in found:
+        row = candidate.row()
+        if kind == "decode":  # a prompt reads the weights once for many tokens
+            share = candidate.median * candidate.weight_bytes / 1e9 / roof
+            row["bandwidth_share"] = round(share, 3)
+        times = ratio(candidate, found)
+        if times is not None:
+            row["times_rival"] = round(times, 3)
+        rows.append(row)
+    model = Path(args.model).name if args.model else models.demo_model().name
+    label = args.label or Path(model).stem
+    options = {"tokens": args.tokens, "prompt_tokens": args.prompt_tokens, "rounds": args.rounds}
+    return {
+        "label": label,
+        "options": options,
+        "engines": engines,
+        "read_bandwidth_gb_s": [round(value, 2) for value in bandwidth],
+        "candidates": rows,
+    }

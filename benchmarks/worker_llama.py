@@ -1,0 +1,128 @@
+"""Worker: llama.cpp through llama-cpp-python's low-level API, one JSON command a line.
+
+Runs under the rival's own interpreter (standard library and llama_cpp only), so that its thread
+pool never shares a process with ours. Between commands it blocks on stdin and uses no CPU.
+The C API is called directly: no Python sampler, no copy of the logits, greedy sampling in C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import llama_cpp as lc
+
+N_BATCH = 512
+
+
+class Model:
+    """A loaded model with one context; everything not named here is llama.cpp's default."""
+
+    def __init__(self, path: str, threads: int, n_ctx: int) -> None:
+        params = lc.llama_model_default_params()  # mmap on, repacking on
+        params.n_gpu_layers = 0
+        self.model = lc.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        cparams = lc.llama_context_default_params()  # flash attention "auto"
+        cparams.n_ctx = n_ctx
+        cparams.n_batch = cparams.n_ubatch = N_BATCH
+        cparams.n_threads = cparams.n_threads_batch = threads
+        cparams.no_perf = True
+        self.context = lc.llama_init_from_model(self.model, cparams)
+        if not self.context:
+            raise RuntimeError("llama.cpp cannot make a context")
+        self.sampler = lc.llama_sampler_init_greedy()
+
+    def close(self) -> None:
+        lc.llama_free(self.context)
+        lc.llama_model_free(self.model)
+
+    def clear(self) -> None:
+        lc.llama_memory_clear(lc.llama_get_memory(self.context), True)
+
+    def feed(self, tokens: list[int]) -> None:
+        """Runs the tokens; only the last one's logits are computed."""
+        for start in range(0, len(tokens), N_BATCH):
+            part = tokens[start : start + N_BATCH]
+            array = (lc.llama_token * len(part))(*part)
+            if lc.llama_decode(self.context, lc.llama_batch_get_one(array, len(part))):
+                raise RuntimeError("llama_decode failed")
+        lc.llama_synchronize(self.context)
+
+    def sample(self) -> int:
+        return int(lc.llama_sampler_sample(self.sampler, self.context, -1))
+
+    def prefill(self, tokens: list[int]) -> dict[str, Any]:
+        self.clear()
+        start = time.perf_counter()
+        self.feed(tokens)
+        first = self.sample()
+        return {"seconds": time.perf_counter() - start, "tokens": [first]}
+
+    def decode(self, prompt: list[int], count: int) -> dict[str, Any]:
+        """Seconds of `count` steps after the first token; the end-of-text token is ignored."""
+        self.clear()
+        self.feed(prompt)
+        out = [self.sample()]
+        start = time.perf_counter()
+        for _ in range(count):
+            self.feed(out[-1:])
+            out.append(self.sample())
+        return {"seconds": time.perf_counter() - start, "tokens": out}
+
+
+def quantize(source: str, target: str, kind: str, threads: int) -> dict[str, Any]:
+    """Writes `target` with llama.cpp's own quantizer and its own choice of mixed types."""
+    params = lc.llama_model_quantize_default_params()
+    params.ftype = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.allow_requantize = True
+    params.nthread = threads
+    failed = lc.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    if failed:
+        raise RuntimeError(f"llama_model_quantize returned {failed}")
+    return {"bytes": os.path.getsize(target)}
+
+
+def version() -> dict[str, Any]:
+    return {
+        "engine": f"llama.cpp (llama-cpp-python {lc.__version__})",
+        "build": lc.llama_print_system_info().decode().strip(" |"),
+    }
+
+
+def main() -> None:
+    # llama.cpp's own messages go to stderr; keep stdout for answers alone.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    lc.llama_backend_init()
+    model: Model | None = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        verb = command.pop("verb")
+        try:
+            if verb == "load":
+                if model:
+                    model.close()
+                start = time.perf_counter()
+                model = Model(**command)
+                answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
+            elif verb == "version":
+                answer = version()
+            elif verb == "quantize":
+                answer = quantize(**command)
+            elif model is None:
+                raise RuntimeError("no model is loaded")
+            else:
+                answer = getattr(model, verb)(**command)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+// The compiled module `lacewing._C`: each file of api/ registers its part and checks every
+// argument.
+#include "api/module.h"
+
+NB_MODULE(_C, m) {
+  m.doc() = "Lacewing's compiled module: packed linear layers, the native decoder, the machine";
+  lacewing::register_linear(m);
+  lacewing::register_model(m);
+  lacewing::register_system(m);
+}

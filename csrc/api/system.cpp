@@ -1,0 +1,330 @@
+// The machine as this process sees it, its thread pool, its memory bandwidth; single operations of
+// the engine for tests.
+#include <asm/prctl.h>
+#include <cpuid.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/module.h"
+#include "core/memory.h"
+#include "core/pool.h"
+#include "ops/limits.h"
+
+namespace lacewing {
+namespace {
+
+using Isa = std::optional<std::string>;
+using Matrix = Array<float, 2>;
+using Cube = Array<float, 3>;
+
+// ---- threads
+
+void set_threads(int n) {
+  require_range("set_threads: n", n, 0, Pool::kMaxThreads);
+  Pool::instance().set_threads(n);
+}
+
+int threads() { return Pool::instance().threads(); }
+
+// ---- bandwidth
+
+constexpr size_t kColdBytes = size_t{256} << 20;  // more than any one socket's share of L3
+constexpr size_t kPage = 4096;
+
+// Seconds of one pass of all threads over their contiguous parts.
+double read_once(const KernelTable& table, const Memory& memory, int threads,
+                 std::atomic<uint64_t>& sink) {
+  const size_t pages = memory.size() / kPage;
+  const auto begin = std::chrono::steady_clock::now();
+  Pool::instance().run(threads, [&](int tid, int n) {
+    const size_t first = pages * static_cast<size_t>(tid) / static_cast<size_t>(n);
+    const size_t last = pages * (static_cast<size_t>(tid) + 1) / static_cast<size_t>(n);
+    sink += table.read_stream(memory.data() + first * kPage, (last - first) * kPage);
+  });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Best pass: other processes can only make one slower.
+double read_bandwidth(int64_t bytes, int threads, const Isa& isa, double seconds) {
+  require_range("read_bandwidth: bytes", bytes, 0, int64_t{1} << 40);
+  require_range("read_bandwidth: threads", threads, 0, Pool::kMaxThreads);
+  require(seconds > 0 && seconds <= 60, "read_bandwidth: seconds must be in 0..60");
+  const KernelTable& table = table_of(isa);
+  nb::gil_scoped_release release;
+  const Memory memory(std::max(static_cast<size_t>(bytes), kColdBytes));
+  std::memset(memory.data(), 1, memory.size());  // or all pages would be one page of zeros
+  std::atomic<uint64_t> sink{0};
+  double best = read_once(table, memory, threads, sink);
+  for (double spent = best; spent < seconds;) {
+    const double time = read_once(table, memory, threads, sink);
+    best = std::min(best, time);
+    spent += time;
+  }
+  return static_cast<double>(memory.size()) / best * 1e-9;
+}
+
+// ---- the machine
+
+struct Leaf {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Leaf cpuid(uint32_t leaf, uint32_t sub = 0) {
+  Leaf r;
+  if (__get_cpuid_max(leaf & 0x80000000u, nullptr) >= leaf)
+    __cpuid_count(leaf, sub, r.eax, r.ebx, r.ecx, r.edx);
+  return r;
+}
+
+std::string brand() {
+  std::string name;
+  for (uint32_t leaf = 0x80000002; leaf <= 0x80000004; ++leaf) {
+    const Leaf r = cpuid(leaf);
+    name.append(reinterpret_cast<const char*>(&r), sizeof(r));
+  }
+  name.resize(std::strlen(name.c_str()));
+  const size_t begin = name.find_first_not_of(' ');
+  return begin == std::string::npos ? "unknown"
+                                    : name.substr(begin, name.find_last_not_of(' ') - begin + 1);
+}
+
+nb::dict features() {
+  const Leaf one = cpuid(1), seven = cpuid(7), seven1 = cpuid(7, 1), ext = cpuid(0x80000001);
+  const auto bit = [](uint32_t word, int i) { return (word >> i & 1) != 0; };
+  nb::dict d;
+  d["sse4_2"] = bit(one.ecx, 20);
+  d["popcnt"] = bit(one.ecx, 23);
+  d["avx"] = bit(one.ecx, 28);
+  d["f16c"] = bit(one.ecx, 29);
+  d["fma"] = bit(one.ecx, 12);
+  d["lzcnt"] = bit(ext.ecx, 5);
+  d["bmi1"] = bit(seven.ebx, 3);
+  d["bmi2"] = bit(seven.ebx, 8);
+  d["avx2"] = bit(seven.ebx, 5);
+  d["avx_vnni"] = bit(seven1.eax, 4);
+  d["avx512f"] = bit(seven.ebx, 16);
+  d["avx512bw"] = bit(seven.ebx, 30);
+  d["avx512dq"] = bit(seven.ebx, 17);
+  d["avx512vl"] = bit(seven.ebx, 31);
+  d["avx512_vbmi"] = bit(seven.ecx, 1);
+  d["avx512_vbmi2"] = bit(seven.ecx, 6);
+  d["avx512_vnni"] = bit(seven.ecx, 11);
+  d["avx512_bf16"] = bit(seven1.eax, 5);
+  d["avx512_fp16"] = bit(seven.edx, 23);
+  d["amx_tile"] = bit(seven.edx, 24);
+  d["amx_int8"] = bit(seven.edx, 25);
+  d["amx_bf16"] = bit(seven.edx, 22);
+  return d;
+}
+
+// Register state that the OS saves (0 without OSXSAVE).
+uint64_t xcr0() {
+  if (!(cpuid(1).ecx >> 27 & 1)) return 0;
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Linux gives tile registers to a process only after it has asked.
+bool amx_permitted() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  if (!(cpuid(7).edx >> 24 & 1)) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+std::string first_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+// "always [madvise] never" -> "madvise"
+std::string huge_pages() {
+  const std::string line = first_line("/sys/kernel/mm/transparent_hugepage/enabled");
+  const size_t open = line.find('['), close = line.find(']');
+  return open < close && close != std::string::npos ? line.substr(open + 1, close - open - 1)
+                                                    : "unavailable";
+}
+
+// Bytes of the data or unified cache of a level, as seen from the first allowed CPU; 0: unknown.
+int64_t cache_bytes(int cpu, int level) {
+  const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index";
+  for (int i = 0; i < 8; ++i) {
+    const std::string dir = base + std::to_string(i) + "/";
+    if (first_line(dir + "level") != std::to_string(level)) continue;
+    if (first_line(dir + "type") == "Instruction") continue;
+    const std::string size = first_line(dir + "size");
+    const int64_t number = std::atoll(size.c_str());
+    return size.find('M') != std::string::npos ? number << 20 : number << 10;
+  }
+  return 0;
+}
+
+nb::dict cpu_info() {
+  const Cpus cpus = read_cpus();
+  const uint64_t saved = xcr0();
+  nb::dict os, caches, d;
+  os["avx"] = (saved & 0x6) == 0x6;
+  os["avx512"] = (saved & 0xe6) == 0xe6;
+  os["amx"] = (saved >> 17 & 3) == 3;
+  for (int level = 1; level <= 3; ++level)
+    caches[("l" + std::to_string(level)).c_str()] = cache_bytes(cpus.allowed[0], level);
+  nb::list affinity;
+  for (int cpu : cpus.allowed) affinity.append(cpu);
+  d["model"] = brand();
+  d["features"] = features();
+  d["xcr0"] = saved;
+  d["os_state"] = os;
+  d["amx_permitted"] = amx_permitted();
+  d["cores"] = cpus.physical;
+  d["affinity"] = affinity;
+  d["quota"] = cpus.quota > 0 ? nb::cast(cpus.quota) : nb::none();
+  d["transparent_huge_pages"] = huge_pages();
+  d["caches"] = caches;
+  return d;
+}
+
+// ---- single operations
+
+template <class... Shape>
+nb::object numpy(Buffer<float>& buffer, Shape... shape) {
+  return nb::cast(buffer.numpy(shape...));
+}
+
+template <class A>
+int64_t extent(const A& array, size_t axis) {
+  return static_cast<int64_t>(array.shape(axis));
+}
+
+nb::object rms_norm(const Matrix& x, const Array<float, 1>& weight, float eps, const Isa& isa) {
+  const KernelTable& table = table_of(isa);
+  const int64_t m = extent(x, 0), k = extent(x, 1);
+  require(extent(weight, 0) == k,
+          "rms_norm: weight must be [" + text(k) + "], got " + shape_text(weight));
+  Buffer<float> y(x.size());
+  for (int64_t r = 0; r < m; ++r) {
+    const float* row = x.data() + r * k;
+    table.scale_mul(row, table.rms_scale(row, k, eps), weight.data(), k, y.data.get() + r * k);
+  }
+  return numpy(y, m, k);
+}
+
+nb::object act_mul(const std::string& name, const Matrix& gate, const Matrix& up, const Isa& isa) {
+  const KernelTable& table = table_of(isa);
+  require(name == "silu" || name == "gelu_tanh",
+          "act_mul: name must be `silu` or `gelu_tanh`, got `" + name + "`");
+  require(extent(gate, 0) == extent(up, 0) && extent(gate, 1) == extent(up, 1),
+          "act_mul: gate and up must have the same shape, got " + shape_text(gate) + " and " +
+              shape_text(up));
+  Buffer<float> y(gate.size());
+  table.act_mul(name == "silu" ? Activation::silu : Activation::gelu_tanh, gate.data(), up.data(),
+                static_cast<int64_t>(gate.size()), y.data.get());
+  return numpy(y, extent(gate, 0), extent(gate, 1));
+}
+
+nb::object rope(const Matrix& x, const Matrix& cos, const Matrix& sin, const Isa& isa) {
+  const KernelTable& table = table_of(isa);
+  const int64_t m = extent(x, 0), d = extent(x, 1);
+  require(d % 2 == 0, "rope: x must have an even number of columns, got " + text(d));
+  for (const Matrix* t : {&cos, &sin})
+    require(
+        extent(*t, 0) == m && extent(*t, 1) == d / 2,
+        "rope: cos and sin must be [" + text(m) + ", " + text(d / 2) + "], got " + shape_text(*t));
+  Buffer<float> y(x.size());
+  std::copy_n(x.data(), x.size(), y.data.get());
+  for (int64_t r = 0; r < m; ++r)
+    table.rope(y.data.get() + r * d, cos.data() + r * (d / 2), sin.data() + r * (d / 2), d);
+  return numpy(y, m, d);
+}
+
+// A KV cache of one layer filled with k and v `[tokens, n_kv_heads, head_dim]` through a table.
+struct TestCache {
+  Memory k, v;
+
+  TestCache(const KernelTable& table, const Cube& keys, const Cube& values,
+            const Array<int32_t, 1>& blocks) {
+    const int64_t heads = extent(keys, 1), d = extent(keys, 2);
+    int32_t last = 0;
+    for (size_t i = 0; i < blocks.size(); ++i) last = std::max(last, blocks.data()[i]);
+    const size_t cells = static_cast<size_t>((int64_t{last} + 1) * heads * d * kBlock);
+    k = Memory(cells * 2 + 64);
+    v = Memory(cells * 2 + 64);
+    for (int64_t t = 0; t < extent(keys, 0); ++t) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = (blocks.data()[t / kBlock] * heads + h) * d * kBlock;
+        const int64_t from = (t * heads + h) * d;
+        table.store_kv(keys.data() + from, values.data() + from, k.as<uint16_t>() + at,
+                       v.as<uint16_t>() + at, t % kBlock, d);
+      }
+    }
+  }
+};
+
+void check_attention(const Cube& q, const Cube& k, const Cube& v, const Array<int32_t, 1>& table) {
+  require(shape_text(k) == shape_text(v), "attention: k and v must have the same shape, got " +
+                                              shape_text(k) + " and " + shape_text(v));
+  require(k.size() > 0 && extent(q, 2) == extent(k, 2) && extent(q, 1) % extent(k, 1) == 0 &&
+              extent(q, 0) <= extent(k, 0),
+          "attention: q must be [at most tokens, a multiple of n_kv_heads, head_dim] for k " +
+              shape_text(k) + ", got " + shape_text(q));
+  require_range("attention: head_dim", extent(q, 2), 1, kMaxHeadDim);
+  const int64_t blocks = (extent(k, 0) + kBlock - 1) / kBlock;
+  require(extent(table, 0) >= blocks, "attention: block_table must have at least " + text(blocks) +
+                                          " values, got " + text(extent(table, 0)));
+  for (size_t i = 0; i < table.size(); ++i)
+    require_range("attention: block_table", table.data()[i], 0, 1 << 16);
+}
+
+nb::object attention(const Cube& q, const Cube& k, const Cube& v,
+                     const Array<int32_t, 1>& block_table, float scale, int64_t window,
+                     const Isa& isa) {
+  check_attention(q, k, v, block_table);
+  require_range("attention: window", window, 0, INT32_MAX);
+  const KernelTable& table = table_of(isa);
+  const int64_t rows = extent(q, 0), heads = extent(q, 1), d = extent(q, 2);
+  const int64_t kv_heads = extent(k, 1), group = heads / kv_heads;
+  const TestCache cache(table, k, v, block_table);
+  const Memory scratch(kAttentionScratch);
+  Buffer<float> y(q.size());
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const int64_t column = h * group * d;
+    table.attention({q.data() + column, heads * d, cache.k.as<uint16_t>(), cache.v.as<uint16_t>(),
+                     block_table.data(), h, kv_heads, d, group, rows, extent(k, 0) - rows, window,
+                     scale, y.data.get() + column, heads * d, scratch.data()});
+  }
+  return numpy(y, rows, heads, d);
+}
+
+}  // namespace
+
+void register_system(nb::module_& m) {
+  m.def("set_threads", &set_threads, nb::arg("n"),
+        "Threads of the pool; 0: the machine's default.");
+  m.def("threads", &threads, "Threads of the pool by default.");
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes") = 0, nb::arg("threads") = 0,
+        nb::arg("isa") = nb::none(), nb::arg("seconds") = 0.5,
+        "Best GB/s of reading a buffer of `bytes`, at least 256 MB, from DRAM.");
+  m.def("cpu_info", &cpu_info, "What this CPU, operating system and container offer.");
+  m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
+        nb::arg("isa") = nb::none(), "x / sqrt(mean(x^2) + eps) * weight, row by row.");
+  m.def("act_mul", &act_mul, nb::arg("name"), nb::arg("gate"), nb::arg("up"),
+        nb::arg("isa") = nb::none(), "act(gate) * up");
+  m.def("rope", &rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("isa") = nb::none(),
+        "Rows of x [m, d] turned by their angles [m, d / 2], halves layout.");
+  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("block_table"),
+        nb::arg("scale"), nb::arg("window") = 0, nb::arg("isa") = nb::none(),
+        "Causal attention of the last rows of a sequence, through a paged f16 cache.");
+}
+
+}  // namespace lacewing

@@ -1,0 +1,17 @@
+// Which ISA's table runs on this CPU: CPUID, and what the OS saves (XCR0).
+#pragma once
+
+#include <string>
+
+#include "core/kernels.h"
+
+namespace lacewing {
+
+// The table called `name`, or null if there is none.
+const IsaStatus* find_isa(const std::string& name);
+
+// The fastest usable table, or the one LACEWING_ISA names. Throws std::runtime_error that names
+// the missing feature if that one cannot run here: never a silent fallback.
+const KernelTable& default_table();
+
+}  // namespace lacewing

@@ -1,0 +1,110 @@
+// What each format states about itself, and the check that makes hostile bytes harmless: whatever
+// passes `validate` can be read by any kernel without leaving its parts.
+#include "core/inline.h"
+#include "core/kernels.h"
+#include "formats/bf16.h"
+#include "formats/dense.h"
+#include "formats/sparse.h"
+
+namespace lacewing {
+namespace {
+
+constexpr int64_t kMaxSide = int64_t{1} << 31;  // n and k: products stay far from overflow
+
+template <class F>
+int64_t k_pad(int64_t k) {
+  return round_up(k, F::kPad);
+}
+
+const char* validate_shape(const PackedTensor& w) {
+  if (w.n < 1 || w.k < 1) return "n and k must be at least 1";
+  if (w.n >= kMaxSide || w.k >= kMaxSide) return "n and k must be below 2^31";
+  return nullptr;
+}
+
+template <class F>
+const char* validate_dense(const PackedTensor& w) {
+  if (const char* error = validate_shape(w)) return error;
+  const uint64_t tiles = static_cast<uint64_t>(w.strips()) * (k_pad<F>(w.k) / F::kPad);
+  for (int p = 0; p < F::kParts; ++p) {
+    if (w.part_bytes[p] % F::kTileBytes[p] || w.part_bytes[p] / F::kTileBytes[p] != tiles)
+      return p == 0 ? "the first part's size does not fit the shape"
+                    : "the second part's size does not fit the shape";
+  }
+  return nullptr;
+}
+
+int count(const uint8_t* bitmaps, int blocks) {
+  int n = 0;
+  for (int b = 0; b < blocks; ++b) n += __builtin_popcountll(load_u64(bitmaps + 8 * b));
+  return n;
+}
+
+// Bytes of codes after the record head whose bitmaps start at `bitmaps`.
+template <class F>
+size_t code_bytes(const uint8_t* bitmaps) {
+  constexpr int kBlocks = F::kGroup / 4;
+  if (F::kMaxCode > 15) return static_cast<size_t>(count(bitmaps, kBlocks) + 1) & ~size_t{1};
+  const int lo = count(bitmaps, kBlocks / 2);
+  const int hi = count(bitmaps + 4 * kBlocks, kBlocks / 2);
+  return static_cast<size_t>((lo > hi ? lo : hi) + 1) & ~size_t{1};
+}
+
+// Every record of the strip in [begin, end) must lie inside it.
+template <class F>
+const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
+  const int64_t groups = k_pad<F>(w.k) / F::kGroup;
+  size_t at = begin;
+  for (int64_t j = 0; j < groups; ++j) {
+    if (end - at < kRecordHead) return "a strip ends inside a record's head";
+    const size_t codes = code_bytes<F>(w.parts[0] + at + 32);
+    at += kRecordHead;
+    if (end - at < codes) return "a strip ends inside a record's codes";
+    at += codes;
+  }
+  return nullptr;
+}
+
+constexpr size_t kSpareBytes = 64;  // so that 64-byte loads never leave the part
+
+template <class F>
+const char* validate_sparse(const PackedTensor& w) {
+  if (const char* error = validate_shape(w)) return error;
+  const uint64_t strips = static_cast<uint64_t>(w.strips());
+  if (w.part_bytes[1] != (strips + 1) * 8) return "`offsets` must hold one int64 per strip and one";
+  if (w.part_bytes[0] < kSpareBytes) return "`stream` is shorter than its 64 spare bytes";
+  const uint64_t size = w.part_bytes[0] - kSpareBytes;
+  uint64_t begin = load_u64(w.parts[1]);
+  if (begin != 0) return "`offsets` must start at 0";
+  for (uint64_t s = 0; s < strips; ++s) {
+    const uint64_t end = load_u64(w.parts[1] + 8 * (s + 1));
+    if (end % 64) return "`offsets` must be multiples of 64";
+    if (end < begin) return "`offsets` must not decrease";
+    if (end > size) return "`offsets` point beyond `stream`";
+    if (const char* error = validate_strip<F>(w, begin, end)) return error;
+    begin = end;
+  }
+  return begin == size ? nullptr : "`stream` must end 64 bytes after the last offset";
+}
+
+template <class F>
+constexpr auto validator() {
+  if constexpr (F::kSparse)
+    return validate_sparse<F>;
+  else
+    return validate_dense<F>;
+}
+
+template <class F>
+constexpr FormatInfo info(const char* name) {
+  return {name,          F::kGroup, k_pad<F>, F::kParts, {F::kPartNames[0], F::kPartNames[1]},
+          validator<F>()};
+}
+
+}  // namespace
+
+#define LACEWING_INFO(name, ...) info<__VA_ARGS__>(name),
+constinit const FormatInfo kFormatInfo[kFormatCount] = {LACEWING_FORMATS(LACEWING_INFO)};
+#undef LACEWING_INFO
+
+}  // namespace lacewing

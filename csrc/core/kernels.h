@@ -1,0 +1,106 @@
+// The joint between dispatch and the ISAs: one KernelTable per ISA, plain function pointers.
+// Kernels allocate nothing, start no thread, check no argument and write only their slice.
+#pragma once
+
+#include "core/types.h"
+
+namespace lacewing {
+
+// y[r, o] = (accumulate ? y[r, o] : 0) + (sum_k x[r, k] * w[o, k] + bias[o]) for the rows of x and
+// the outputs of strips [strip_begin, strip_end). y is f32 with `ldy` floats between rows.
+// Each output is computed by one thread in one stated order, so the result does not depend on
+// m, on the thread count or on the split.
+struct LinearArgs {
+  const PackedTensor* w;
+  const Rows* x;
+  const float* bias;  // [n] or null
+  float* y;
+  int64_t ldy;
+  bool accumulate;
+  int64_t strip_begin, strip_end;
+  void* scratch;  // kLinearScratch bytes, 64-byte aligned, private to the calling thread
+};
+inline constexpr size_t kLinearScratch = 256 * 1024;
+
+// Scaled dot-product attention of one query token against a paged f16 KV cache, for the query
+// heads of one KV head. Cache of one layer: block = 16 tokens;
+//   K at ((block * n_kv_heads + h) * head_dim * 16): [head_dim][16]  (lanes = tokens)
+//   V at the same offset in the V array:             [16][head_dim]
+// Tokens first..last (inclusive, positions in the sequence) are attended.
+// `rows` query tokens of one sequence at once: token i attends first_i..last_i where
+// last_i = last + i, first_i = window > 0 ? max(0, last_i - window + 1) : 0.
+struct AttentionArgs {
+  const float* q;  // token i, head j (0..group_heads): q + i * q_stride + j * head_dim, rotated
+  int64_t q_stride;
+  const uint16_t* k;
+  const uint16_t* v;
+  const int32_t* block_table;  // physical block of each logical block
+  int64_t kv_head, n_kv_heads, head_dim, group_heads;
+  int64_t rows, last, window;
+  float scale;
+  float* out;  // as q, with out_stride
+  int64_t out_stride;
+  void* scratch;  // kAttentionScratch bytes, private to the calling thread
+};
+inline constexpr size_t kAttentionScratch = 256 * 1024;
+
+struct FormatKernels {
+  void (*linear)(const LinearArgs&);
+  // out[i, :k] = dequantized row ids[i] of w, `ldo` floats between rows.
+  void (*gather_rows)(const PackedTensor& w, const int32_t* ids, int64_t count, float* out,
+                      int64_t ldo);
+};
+
+struct KernelTable {
+  const char* isa;
+  FormatKernels formats[kFormatCount];
+
+  // Groups [group_begin, group_end) of row r of x (k floats) into dst; group = dst.group, or
+  // 64 columns at a time when dst.group == 0. scale = max|x| / 127, q = round_even(x * (127 /
+  // max|x|)).
+  void (*quantize_row)(const float* x, int64_t k, const Rows& dst, int64_t r, int64_t group_begin,
+                       int64_t group_end);
+  float (*rms_scale)(const float* x, int64_t k, float eps);  // 1 / sqrt(mean(x^2) + eps)
+  // y[i] = (x[i] * scale) * weight[i]
+  void (*scale_mul)(const float* x, float scale, const float* weight, int64_t n, float* y);
+  void (*add)(const float* x, int64_t n, float* y);  // y += x
+  void (*scale)(float scale, int64_t n, float* y);   // y *= scale
+  void (*act_mul)(Activation act, const float* gate, const float* up, int64_t n, float* y);
+  // Rotates the halves of one head in place: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t head_dim);
+  // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
+  void (*store_kv)(const float* k, const float* v, uint16_t* k_block, uint16_t* v_block,
+                   int64_t lane, int64_t head_dim);
+  void (*attention)(const AttentionArgs&);
+  // Reads `bytes` bytes and returns a checksum (bandwidth measurement).
+  uint64_t (*read_stream)(const uint8_t* p, size_t bytes);
+};
+
+// What a format's header states about itself, independent of the ISA (core/formats.cpp).
+struct FormatInfo {
+  const char* name;
+  int group;  // activation group; 0: float activations
+  int64_t (*k_pad)(int64_t k);
+  int parts;
+  const char* part_names[kMaxParts];
+  // Null if the parts hold a valid `[n, k]` tensor (sizes, and for sparse streams every record),
+  // else a static message saying what is wrong.
+  const char* (*validate)(const PackedTensor&);
+};
+
+extern const FormatInfo kFormatInfo[kFormatCount];
+
+// Tables of the ISAs compiled in; dispatch.cpp decides which of them this CPU runs.
+extern const KernelTable kScalarTable;
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+
+// Usable here, slowest first. `default_table` obeys LACEWING_ISA.
+struct IsaStatus {
+  const char* name;
+  const KernelTable* table;
+  const char* missing;  // null if usable, else the first missing feature
+};
+const IsaStatus* isa_status(int* count);
+
+}  // namespace lacewing

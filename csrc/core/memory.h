@@ -1,0 +1,36 @@
+// Aligned, zeroed memory that asks for huge pages where they help.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lacewing {
+
+// Asks the kernel to back the whole huge pages inside [p, p + bytes) with huge pages. Best effort.
+void advise_huge_pages(void* p, size_t bytes);
+
+// `bytes` of zeros, 64-byte aligned (2 MB aligned from 2 MB on, and then lazily committed).
+// Owns the memory; throws std::bad_alloc.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(Memory&& other) noexcept;
+  Memory& operator=(Memory&& other) noexcept;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  uint8_t* data() const { return as<uint8_t>(); }
+  size_t size() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace lacewing

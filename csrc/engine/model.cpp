@@ -1,0 +1,99 @@
+#include "engine/model.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "core/pool.h"
+#include "core/rows.h"
+#include "engine/forward.h"
+
+namespace lacewing {
+namespace {
+
+constexpr int64_t kPrivateFloats = 4096;  // normalizing these costs about as much as a barrier
+constexpr int64_t kTileCells = 4096;      // rows x strips of a tile: 256 KB each for gate and up
+constexpr size_t kSpare = 64;             // attention may read past the last V row
+
+size_t checked_product(std::initializer_list<int64_t> factors) {
+  size_t product = 1;
+  for (int64_t f : factors)
+    if (__builtin_mul_overflow(product, static_cast<size_t>(f), &product)) throw std::bad_alloc();
+  return product;
+}
+
+Memory floats(std::initializer_list<int64_t> shape) {
+  return Memory(checked_product(shape) * sizeof(float));
+}
+
+}  // namespace
+
+int64_t private_rows(const Spec& spec) {
+  return std::clamp<int64_t>(kPrivateFloats / spec.hidden_size, 1, kRowBlock);
+}
+
+int64_t tile_strips(int64_t m) { return std::max<int64_t>(8, kTileCells / m / 4 * 4); }
+
+void RowsMemory::reserve(const PackedTensor& w, int64_t m) {
+  const size_t bytes = rows_bytes(kFormatInfo[w.format], m, w.k);
+  Memory& mine = memory[grid_of(w)];
+  if (mine.size() < bytes) mine = Memory(bytes);
+}
+
+Rows RowsMemory::place(const PackedTensor& w, int64_t m) const {
+  return place_rows(kFormatInfo[w.format], m, w.k, memory[grid_of(w)].data());
+}
+
+Model::Model(Weights weights, int64_t kv_blocks, const KernelTable& table, int threads)
+    : weights_(std::move(weights)),
+      kv_blocks_(kv_blocks),
+      table_(table),
+      thread_(static_cast<size_t>(Pool::instance().resolve(threads))) {
+  const Spec& s = weights_.spec;
+  const int64_t layers = static_cast<int64_t>(weights_.layers.size());
+  const size_t cells = checked_product({layers, kv_blocks, s.kv_size(), 16, 2});
+  k_cache_ = Memory(cells + kSpare);
+  v_cache_ = Memory(cells + kSpare);
+  reserve_shared();
+  for (ThreadSpace& space : thread_) reserve_thread(space);
+}
+
+void Model::reserve_shared() {
+  const Spec& s = weights_.spec;
+  shared_.x = floats({kChunk, s.hidden_size});
+  shared_.qkv = floats({kChunk, s.qkv_size()});
+  shared_.attended = floats({kChunk, s.q_size()});
+  if (s.sandwich_norm) shared_.projected = floats({kChunk, s.hidden_size});
+  for (const Layer& layer : weights_.layers) {
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.up})
+      shared_.hidden.reserve(linear->w, kChunk);
+    shared_.heads.reserve(layer.o.w, kChunk);
+    shared_.inner.reserve(layer.down.w, kChunk);
+  }
+  shared_.hidden.reserve(weights_.head.w, kChunk);
+}
+
+void Model::reserve_thread(ThreadSpace& space) {
+  const Spec& s = weights_.spec;
+  space.kernel = Memory(std::max(kLinearScratch, kAttentionScratch));
+  space.row = floats({s.hidden_size});
+  const int64_t strips = (s.intermediate_size + kStrip - 1) / kStrip;
+  int64_t cells = 0;
+  for (int64_t m = 1; m <= kChunk; ++m)
+    cells = std::max(cells, m * std::min(strips, tile_strips(m)));
+  space.gate = floats({cells, kStrip});
+  space.up = floats({cells, kStrip});
+  const int64_t rows = private_rows(s);
+  for (const Layer& layer : weights_.layers)
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.up})
+      space.hidden.reserve(linear->w, rows);
+  space.hidden.reserve(weights_.head.w, rows);
+}
+
+void Model::step(const StepInput& input) {
+  const std::lock_guard lock(stepping_);
+  Forward forward(*this, input);
+  Pool::instance().run(threads(), [&](int tid, int n) { forward.run(tid, n); });
+}
+
+}  // namespace lacewing

@@ -1,0 +1,134 @@
+// A decoder: borrowed weights, its KV cache and work space, and one step over a batch of tokens.
+#pragma once
+
+#include <mutex>
+#include <vector>
+
+#include "core/kernels.h"
+#include "core/memory.h"
+
+namespace lacewing {
+
+struct Spec {
+  int64_t vocab_size, hidden_size, n_heads, n_kv_heads, head_dim, intermediate_size;
+  float norm_eps, embedding_scale, attention_scale;
+  Activation activation;
+  bool qk_norm, sandwich_norm;
+
+  int64_t q_size() const { return n_heads * head_dim; }
+  int64_t kv_size() const { return n_kv_heads * head_dim; }
+  int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+  int64_t group_heads() const { return n_heads / n_kv_heads; }
+};
+
+struct Linear {
+  PackedTensor w;
+  const float* bias;  // [n] or null
+};
+
+struct Layer {
+  Linear q, k, v, o, gate, up, down;
+  const float* input_norm;             // [hidden_size]
+  const float* post_attention_norm;    // before the MLP; with sandwich_norm: of attention's output
+  const float* pre_feedforward_norm;   // sandwich_norm only
+  const float* post_feedforward_norm;  // sandwich_norm only
+  const float* q_norm;                 // [head_dim], qk_norm only
+  const float* k_norm;
+  int rope;        // index into Weights::ropes
+  int64_t window;  // 0: all tokens
+};
+
+struct Rope {
+  const float* cos;  // [positions, head_dim / 2]
+  const float* sin;
+  int64_t positions;
+};
+
+struct Weights {
+  Spec spec;
+  Linear embedding, head;
+  const float* norm;
+  std::vector<Layer> layers;
+  std::vector<Rope> ropes;
+};
+
+// Flat arrays of one step (see `_C.pyi`); the caller has checked every index.
+struct StepInput {
+  int64_t count, sequences, max_blocks, logit_count;
+  const int32_t* tokens;        // [count]
+  const int32_t* positions;     // [count]
+  const int32_t* slots;         // [count]
+  const int32_t* block_tables;  // [sequences, max_blocks]
+  const int32_t* cu_seqlens;    // [sequences + 1]
+  const int32_t* logit_rows;    // [logit_count]
+  float* logits;                // [logit_count, vocab_size]
+};
+
+inline constexpr int64_t kChunk = 512;  // rows computed at once
+// int8 groups of 32, of 64, floats: what a linear layer may want its input to be.
+inline constexpr int kGrids = 3;
+inline int grid_of(const PackedTensor& w) {
+  const int group = kFormatInfo[w.format].group;
+  return group == 0 ? 2 : group == 32 ? 0 : 1;
+}
+
+// Activations on every grid that some linear layer reads them on.
+struct RowsMemory {
+  Memory memory[kGrids];
+
+  // Room for `m` rows of `k` columns on the grid of w.
+  void reserve(const PackedTensor& w, int64_t m);
+  // The first m rows' worth, laid out for w.
+  Rows place(const PackedTensor& w, int64_t m) const;
+};
+
+// What one thread works in.
+struct ThreadSpace {
+  Memory kernel;      // kLinearScratch, also for attention
+  Memory row;         // one row of hidden_size
+  Memory gate, up;    // a tile of the MLP
+  RowsMemory hidden;  // normalized rows, if every thread makes its own copy
+};
+
+// What the threads share.
+struct SharedSpace {
+  Memory x;                         // [kChunk, hidden_size], the residual stream
+  Memory qkv;                       // [kChunk, q_size + 2 kv_size]
+  Memory attended;                  // [kChunk, q_size]
+  Memory projected;                 // [kChunk, hidden_size], sandwich_norm only
+  RowsMemory hidden, heads, inner;  // inputs of q|k|v|gate|up|head, of o, of down
+};
+
+class Model {
+ public:
+  // Borrows everything `weights` points to. Throws std::bad_alloc.
+  Model(Weights weights, int64_t kv_blocks, const KernelTable& table, int threads);
+
+  // Calls from several threads are served one after another.
+  void step(const StepInput& input);
+
+  const Weights& weights() const { return weights_; }
+  int64_t kv_blocks() const { return kv_blocks_; }
+  int threads() const { return static_cast<int>(thread_.size()); }
+
+ private:
+  friend class Forward;
+
+  Weights weights_;
+  int64_t kv_blocks_;
+  const KernelTable& table_;
+  Memory k_cache_, v_cache_;  // [layers][kv_blocks][n_kv_heads][head_dim x 16]
+  SharedSpace shared_;
+  std::vector<ThreadSpace> thread_;
+  std::mutex stepping_;
+
+  void reserve_shared();
+  void reserve_thread(ThreadSpace& space);
+};
+
+// Rows of hidden_size that a thread normalizes for itself instead of meeting the others.
+int64_t private_rows(const Spec& spec);
+// Strips of a tile of the MLP with m rows.
+int64_t tile_strips(int64_t m);
+
+}  // namespace lacewing

@@ -1,0 +1,42 @@
+// What a decoder tells about its format, and what decoders share.
+//
+// A decoder turns one strip (16 outputs) into 64-byte VNNI blocks and scales. It knows no loop over
+// outputs, no thread and no ISA. Its members:
+//   kGroup, kZeroPoint, kMaxCode, kHasMin, kSparse, kParts, kPartNames
+//   Cursor, open(w, strip)       a place in the strip's bytes, at its first group
+//   scale<S>(c), minimum<S>(c)   of the group at the cursor
+//   group<S>(c, f)               calls f(b, block) for the group's blocks, then moves to the next
+// weight = scale * (code - kZeroPoint) [+ minimum].
+#pragma once
+
+#include "core/inline.h"
+#include "core/types.h"
+
+namespace lacewing {
+namespace {
+
+// Distances of the two prefetch levels on a stream, in bytes: one core does not overlap DRAM
+// latency with decoding by itself. Running past a tensor's end is harmless.
+inline constexpr int kPrefetchNear = 768;
+inline constexpr int kPrefetchFar = 8192;
+
+template <class S>
+LW_INLINE void prefetch_stream(const uint8_t* p) {
+  if constexpr (S::kPrefetch) {
+    S::prefetch_t0(p + kPrefetchNear);
+    S::prefetch_t1(p + kPrefetchFar);
+  }
+}
+
+LW_INLINE uint64_t load_u64(const uint8_t* p) {
+  uint64_t v;
+  __builtin_memcpy(&v, p, 8);
+  return v;
+}
+
+LW_INLINE const uint16_t* as_f16(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+}  // namespace lacewing

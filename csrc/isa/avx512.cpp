@@ -1,0 +1,10 @@
+// The Avx512 table. See joint.h.
+#include "simd/avx512.h"
+
+#include "isa/joint.h"
+
+namespace lacewing {
+
+constinit const KernelTable kAvx512Table = make_table<Avx512>();
+
+}  // namespace lacewing

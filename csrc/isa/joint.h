@@ -1,0 +1,48 @@
+// Everything an ISA's table is made of, instantiated for the vocabulary S. Included by one
+// translation unit per ISA, compiled with that ISA's flags. All of it has internal linkage, since
+// S does: the only symbol that leaves the unit is its KernelTable.
+#pragma once
+
+#include "core/kernels.h"
+#include "drivers/gather.h"
+#include "drivers/linear.h"
+#include "formats/bf16.h"
+#include "formats/dense.h"
+#include "formats/sparse.h"
+#include "ops/activation.h"
+#include "ops/attention.h"
+#include "ops/elementwise.h"
+#include "ops/kv_store.h"
+#include "ops/math.h"
+#include "ops/quantize_rows.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/stream.h"
+
+namespace lacewing {
+namespace {
+
+template <class S>
+constexpr KernelTable make_table() {
+  return {
+      S::kName,
+      {
+#define LACEWING_KERNELS(name, ...) {linear<S, __VA_ARGS__>, gather_rows<S, __VA_ARGS__>},
+          LACEWING_FORMATS(LACEWING_KERNELS)
+#undef LACEWING_KERNELS
+      },
+      quantize_row<S>,
+      rms_scale<S>,
+      scale_mul<S>,
+      add<S>,
+      scale<S>,
+      act_mul<S>,
+      rope<S>,
+      store_kv<S>,
+      attention<S>,
+      read_stream<S>,
+  };
+}
+
+}  // namespace
+}  // namespace lacewing

@@ -1,0 +1,177 @@
+// The vocabulary in AVX-512 F, BW, DQ, VL, VNNI, VBMI, VBMI2. A block of 64 bytes is one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/inline.h"
+#include "core/types.h"
+
+namespace lacewing {
+namespace {
+
+struct Avx512 {
+  static constexpr const char* kName = "avx512";
+
+  using F32x16 = __m512;
+  struct I32x16 {
+    __m512i v;
+  };
+  struct U8x64 {
+    __m512i v;
+  };
+
+  // ---- f32
+  static LW_INLINE F32x16 zero() { return _mm512_setzero_ps(); }
+  static LW_INLINE F32x16 set1(float x) { return _mm512_set1_ps(x); }
+  static LW_INLINE F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+  static LW_INLINE void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a); }
+  static LW_INLINE F32x16 load_n(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+  }
+  static LW_INLINE void store_n(float* p, F32x16 a, int64_t n) {
+    _mm512_mask_storeu_ps(p, first(n), a);
+  }
+  static LW_INLINE F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
+  static LW_INLINE F32x16 sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
+  static LW_INLINE F32x16 mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
+  static LW_INLINE F32x16 div(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
+  static LW_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+  static LW_INLINE F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
+  static LW_INLINE F32x16 min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }
+  static LW_INLINE F32x16 abs(F32x16 a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+  static LW_INLINE F32x16 neg(F32x16 a) { return _mm512_xor_ps(_mm512_set1_ps(-0.0f), a); }
+  static LW_INLINE F32x16 round_even(F32x16 a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static LW_INLINE F32x16 sqrt(F32x16 a) { return _mm512_sqrt_ps(a); }
+  static LW_INLINE float sum(F32x16 a) {
+    const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+  }
+  static LW_INLINE float hmax(F32x16 a) {
+    const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+  }
+  static LW_INLINE F32x16 select_gt(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+  }
+  static LW_INLINE F32x16 from_i32(I32x16 a) { return _mm512_cvtepi32_ps(a.v); }
+  static LW_INLINE I32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a)}; }
+  static LW_INLINE F32x16 load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static LW_INLINE void store_f16(uint16_t* p, F32x16 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static LW_INLINE F32x16 pow2(I32x16 e) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_add_epi32(e.v, _mm512_set1_epi32(127)), 23));
+  }
+
+  // ---- i32
+  static LW_INLINE I32x16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static LW_INLINE I32x16 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static LW_INLINE void store_i32(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
+  static LW_INLINE I32x16 add_i32(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+  }
+  static LW_INLINE int32_t sum_i32(I32x16 a) {
+    const __m256i s8 =
+        _mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+    const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+    const __m128i s2 = _mm_add_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 0xb1)));
+  }
+
+  // ---- u8
+  static LW_INLINE U8x64 load_u8(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static LW_INLINE void store_u8(uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
+  static LW_INLINE U8x64 and_u8(U8x64 a, uint8_t c) { return {_mm512_and_si512(a.v, set1_u8(c))}; }
+  static LW_INLINE U8x64 shr4_u8(U8x64 a) {
+    return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), set1_u8(15))};
+  }
+  static LW_INLINE U8x64 or_mask(U8x64 a, uint64_t mask, uint8_t value) {
+    return {_mm512_or_si512(a.v, _mm512_maskz_mov_epi8(mask, set1_u8(value)))};
+  }
+  static LW_INLINE U8x64 expand(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p) {
+    return expand_codes(fill, bitmap, p, load_u8(p));
+  }
+  static LW_INLINE U8x64 expand_lo4(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p) {
+    return expand_codes(fill, bitmap, p, and_u8(load_u8(p), 15));
+  }
+  static LW_INLINE U8x64 expand_hi4(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p) {
+    return expand_codes(fill, bitmap, p, shr4_u8(load_u8(p)));
+  }
+  static LW_INLINE F32x16 bf16_even(U8x64 a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
+  }
+  static LW_INLINE F32x16 bf16_odd(U8x64 a) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }
+  static LW_INLINE void prefetch_t1(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+  // vpdpbusd on unsigned codes, started at -ZeroPoint * sum(q).
+  template <int ZeroPoint, int MaxCode>
+  struct Dot {
+    struct Acc {
+      I32x16 sum;
+    };
+    static LW_INLINE Acc init(int32_t sumx) { return {set1_i32(-ZeroPoint * sumx)}; }
+    static LW_INLINE void step(Acc& acc, U8x64 w, const int8_t* x4) {
+      acc.sum.v = _mm512_dpbusd_epi32(acc.sum.v, w.v, broadcast4(x4));
+    }
+    static LW_INLINE I32x16 finish(Acc acc, int32_t) { return acc.sum; }
+  };
+
+  // Many rows: blocks as they are.
+  template <int ZeroPoint, int MaxCode>
+  struct PanelDot : Dot<ZeroPoint, MaxCode> {
+    using Acc = typename Dot<ZeroPoint, MaxCode>::Acc;
+    static constexpr int kBlockBytes = 64, kXBytes = 4, kSteps = 1 << 30;
+    static LW_INLINE void prepare(uint8_t* p, U8x64 w) { store_u8(p, w); }
+    static LW_INLINE void prepare_x(uint8_t*, const int8_t*, int64_t) {}
+    static LW_INLINE void step(Acc& acc, U8x64 w, const uint8_t* x) {
+      Dot<ZeroPoint, MaxCode>::step(acc, w, reinterpret_cast<const int8_t*>(x));
+    }
+    static LW_INLINE void flush(Acc&) {}
+  };
+  static constexpr int kFloatSums = 12;  // that keep the multipliers busy and fit the registers
+  static constexpr int kPanelRows = 8;   // rows that the inner loop of a panel takes at once
+  // Up to so many rows gemv is faster than gemm: codes above 31, codes up to 31, floats.
+  static constexpr int kGemvWide = 8, kGemvNarrow = 8, kGemvFloat = 8;
+  // Strips that gemv reads side by side.
+  static constexpr int kGemvStreams = 1;
+  // Prefetching by software: yes, one stream of a sparse format is half as fast without.
+  static constexpr bool kPrefetch = true;
+  static constexpr int kGemvBlock = 8;  // rows whose integer sums fit the registers
+
+  // ---- below: private to this header
+  static LW_INLINE __m512i set1_u8(uint8_t c) { return _mm512_set1_epi8(static_cast<char>(c)); }
+  static LW_INLINE U8x64 expand_codes(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p,
+                                      U8x64 codes) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, bitmap, 8);
+    p += _mm_popcnt_u64(mask);
+    return {_mm512_mask_expand_epi8(set1_u8(fill), mask, codes.v)};
+  }
+  static LW_INLINE __m512i broadcast4(const int8_t* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+  static LW_INLINE __mmask16 first(int64_t n) {
+    return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+  }
+};
+
+}  // namespace
+}  // namespace lacewing

@@ -1,0 +1,186 @@
+"""The compiled module: packed linear layers, the native decoder, the machine.
+
+Arrays are C-contiguous numpy arrays of the stated type. Every argument is checked; what does not
+fit raises `ValueError` or `TypeError` saying where, what is needed and what was found. The GIL is
+released while computing. Where `isa` is None the fastest usable one runs (or what `LACEWING_ISA`
+names); the results have the same bits on every ISA and with any number of threads.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+_F32 = NDArray[np.float32]
+_I32 = NDArray[np.int32]
+
+class _Isa(TypedDict):
+    name: str
+    usable: bool
+    missing: str | None  # the first CPU feature that is not there
+
+class _OsState(TypedDict):
+    avx: bool
+    avx512: bool
+    amx: bool
+
+class _CpuInfo(TypedDict):
+    model: str
+    features: dict[str, bool]  # by CPUID
+    xcr0: int  # register state the operating system saves
+    os_state: _OsState
+    amx_permitted: bool  # asked for by arch_prctl
+    cores: int  # physical cores in the affinity mask
+    affinity: list[int]
+    quota: float | None  # CPUs by cgroup quota
+    transparent_huge_pages: str
+    caches: dict[str, int]  # bytes of l1 (data), l2, l3; 0: unknown
+
+# ---- formats and kernels
+
+def isas() -> list[_Isa]: ...
+def default_isa() -> str:
+    """The ISA in use. Raises RuntimeError if `LACEWING_ISA` names one that cannot run here."""
+
+def format_names() -> list[str]: ...
+
+class Tensor:
+    """A packed weight `[n, k]`. Validates the parts (sparse streams record by record), borrows
+    their memory and keeps the arrays alive."""
+
+    def __init__(self, format: str, n: int, k: int, parts: Sequence[NDArray[np.uint8]]) -> None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+
+def linear(
+    x: _F32,
+    w: Tensor,
+    bias: _F32 | None = None,
+    isa: str | None = None,
+    threads: int = 0,
+) -> _F32:
+    """x `[m, k]` times w `[n, k]` transposed, plus bias `[n]`: `[m, n]`."""
+
+def linear_into(
+    x: _F32,
+    w: Tensor,
+    y: _F32,
+    bias: _F32 | None = None,
+    accumulate: bool = False,
+    strips: tuple[int, int] | None = None,
+    isa: str | None = None,
+) -> None:
+    """Outputs of strips `[first, last)` (16 each) into y `[m, >= n]`, or added to it."""
+
+def gather_rows(w: Tensor, ids: _I32, isa: str | None = None) -> _F32:
+    """Rows `ids` `[c]` of w `[n, k]`, dequantized: `[c, k]`."""
+
+def quantize_rows(
+    x: _F32, group: int, isa: str | None = None
+) -> tuple[NDArray[np.int8], _F32, _I32]:
+    """x `[m, k]` as (q `[m, k_pad]`, scale `[m, groups]`, sum `[m, groups]`); group 32 or 64."""
+
+# ---- single operations of the decoder, for tests
+
+def rms_norm(x: _F32, weight: _F32, eps: float, isa: str | None = None) -> _F32:
+    """x `[m, k]` / sqrt(mean(x^2) + eps) * weight `[k]`, row by row."""
+
+def act_mul(
+    name: Literal["silu", "gelu_tanh"], gate: _F32, up: _F32, isa: str | None = None
+) -> _F32:
+    """act(gate) * up, all `[m, n]`."""
+
+def rope(x: _F32, cos: _F32, sin: _F32, isa: str | None = None) -> _F32:
+    """Rows of x `[m, d]` turned by their angles `[m, d / 2]`; lane i goes with lane i + d / 2."""
+
+def attention(
+    q: _F32,
+    k: _F32,
+    v: _F32,
+    block_table: _I32,
+    scale: float,
+    window: int = 0,
+    isa: str | None = None,
+) -> _F32:
+    """Causal attention of the last rows of one sequence.
+
+    q `[rows, n_heads, d]` are the queries of the last `rows` of the tokens whose keys and values
+    are k, v `[tokens, n_kv_heads, d]` (rounded to f16, in blocks of 16 at `block_table`). A token
+    sees itself and the window - 1 tokens before it; window 0: all of them. Returns the shape of q.
+    """
+
+# ---- the decoder
+
+class Model:
+    """A decoder over packed weights, with a paged f16 KV cache of `kv_blocks` blocks of 16 tokens.
+
+    - `spec`: vocab_size, hidden_size, n_heads, n_kv_heads, head_dim (even, at most 512),
+      intermediate_size, norm_eps, activation ("silu" or "gelu_tanh"), embedding_scale,
+      attention_scale (> 0), qk_norm, sandwich_norm,
+      layers: list of (index of its rope, window or 0),
+      ropes: list of (cos, sin), f32 `[context, head_dim / 2]`.
+    - `tensors`: Hugging Face's names; matrices are `Tensor`, vectors f32. No `lm_head.weight`: the
+      embedding is the head. A `.bias` beside a matrix is added. Memory is borrowed, not copied.
+    - `threads`: 0 takes the pool's default at this moment.
+
+    Raises MemoryError if the cache or the work space cannot be had.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        tensors: dict[str, Tensor | _F32],
+        kv_blocks: int,
+        isa: str | None = None,
+        threads: int = 0,
+    ) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def kv_blocks(self) -> int: ...
+    @property
+    def context(self) -> int:
+        """Positions that the rope tables cover."""
+
+    def step(
+        self,
+        tokens: _I32,
+        positions: _I32,
+        slots: _I32,
+        block_tables: _I32,
+        cu_seqlens: _I32,
+        logit_rows: _I32,
+    ) -> _F32:
+        """Runs T tokens of B sequences through the model; returns logits `[R, vocab_size]`.
+
+        - `tokens`, `positions`, `slots`: `[T]`. Token t of sequence b, that is
+          cu_seqlens[b] <= t < cu_seqlens[b + 1], goes to cache slot slots[t] = block * 16 + lane,
+          as its block table says, and sees positions 0..positions[t] of its sequence.
+        - `block_tables`: `[B, max_blocks]`, the block of every 16 positions.
+        - `cu_seqlens`: `[B + 1]`. Positions of one sequence's tokens are consecutive.
+        - `logit_rows`: `[R]`, indices of tokens.
+
+        A prompt may come in pieces. The logits of a token have the same bits however its sequence
+        was cut and whatever else is in the batch. Calls from several threads are served in turn.
+        """
+
+# ---- the machine
+
+def set_threads(n: int) -> None:
+    """Threads of the pool by default; 0 restores the machine's default."""
+
+def threads() -> int:
+    """Threads of the pool by default: physical cores in the affinity mask, but no more than whole
+    CPUs in the cgroup quota."""
+
+def read_bandwidth(
+    bytes: int = 0, threads: int = 0, isa: str | None = None, seconds: float = 0.5
+) -> float:
+    """GB/s of reading a buffer of `bytes` (at least 256 MB) from DRAM; the best pass of several."""
+
+def cpu_info() -> _CpuInfo: ...

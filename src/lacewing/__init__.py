@@ -1,0 +1,85 @@
+"""Lacewing: small, fast transformer language models on ordinary CPUs.
+
+    import lacewing
+
+    with lacewing.LLM("model.gguf") as llm:
+        print(llm.generate("The sea is", lacewing.SamplingParams(max_tokens=32))[0].text)
+
+Names are loaded when they are first used, so `import lacewing` itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lacewing import checkpoint, engine, errors, formats, models
+    from lacewing.engine import LLM, Piece, Result, SamplingParams
+    from lacewing.errors import (
+        CheckpointError,
+        FormatError,
+        LacewingError,
+        RecipeError,
+        RequestError,
+        UnsupportedCpuError,
+        UnsupportedModelError,
+    )
+    from lacewing.formats import PackedTensor, pack
+    from lacewing.native import linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "FormatError",
+    "LacewingError",
+    "PackedTensor",
+    "Piece",
+    "RecipeError",
+    "RequestError",
+    "Result",
+    "SamplingParams",
+    "UnsupportedCpuError",
+    "UnsupportedModelError",
+    "__version__",
+    "checkpoint",
+    "engine",
+    "errors",
+    "formats",
+    "linear",
+    "models",
+    "pack",
+]
+
+_HOMES = {
+    "engine": ("LLM", "Piece", "Result", "SamplingParams"),
+    "errors": (
+        "CheckpointError",
+        "FormatError",
+        "LacewingError",
+        "RecipeError",
+        "RequestError",
+        "UnsupportedCpuError",
+        "UnsupportedModelError",
+    ),
+    "formats": ("PackedTensor", "pack"),
+    "native": ("linear",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"lacewing.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'lacewing' has no attribute {name!r}")
+    value = getattr(import_module(f"lacewing.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

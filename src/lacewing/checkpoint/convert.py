@@ -1,0 +1,262 @@
+"""From any model file to packed weights: rounded where they have to be, as they are where they fit.
+
+What `format="auto"` packs a weight into:
+
+    GGUF Q8_0 Q4_0 Q4_1 Q5_0 Q5_1   their own grid, without loss
+    GGUF Q4_K Q5_K Q6_K             w4a8g32z, w5a8g32z, w8a8g32: the nearest grid
+    F32 F16 BF16                    w8a8g32
+    packed                          as it is
+
+With another format the embedding and the head become w8a8g32 (bf16 with bf16). Tensors of one
+dimension are f32. Work is cut into runs of rows of about a million weights, so that memory stays
+bounded whatever the size of a tensor, and the runs are shared by two or more threads (numpy lets go
+of the interpreter in its loops). Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lacewing.checkpoint.files import new_directory, write_file
+from lacewing.checkpoint.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    PackedSource,
+    manifest_json,
+)
+from lacewing.checkpoint.packing import Job, Packed, Report
+from lacewing.checkpoint.safetensors import SafetensorsWriter
+from lacewing.checkpoint.source import open_source
+from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
+from lacewing.errors import CheckpointError, FormatError
+from lacewing.formats import Format, PackedTensor, get_format
+
+__all__ = [
+    "AUTO",
+    "PackedModel",
+    "Report",
+    "convert",
+    "load_model",
+    "load_packed",
+    "write_packed",
+]
+
+AUTO = "auto"
+_FLOATS_TO = "w8a8g32"
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_AHEAD = 8 << 20
+"""Weights under way at once beyond the tensor that is waited for."""
+_MAX_THREADS = 8
+
+Progress = Callable[[str, int, int], None]
+"""Called after every tensor: its name, weights done, weights in all."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """A model the engine can run. Weights may be views of a mapped file."""
+
+    config: dict[str, Any]
+    tokenizer: TokenizerFiles
+    tensors: dict[str, Packed]
+    reports: tuple[Report, ...] = ()
+    """One per tensor that was packed in memory; empty for a packed directory."""
+
+
+def load_packed(path: str | os.PathLike[str]) -> PackedModel:
+    """Opens a packed directory: mapped, no weight is read or copied.
+
+    Raises CheckpointError for a damaged directory, UnsupportedModelError for its architecture.
+    """
+    source = PackedSource(Path(path))
+    names = source.spec.tensor_shapes()
+    values = {name: source.values[name] for name in names}
+    return PackedModel(source.config, source.tokenizer, values)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    sparsity: float | None = None,
+    head_format: str | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> PackedModel:
+    """Opens any model; packs in memory what is not packed yet.
+
+    format and the rest: as in `convert`; None is `auto`. Raises CheckpointError,
+    UnsupportedModelError, FormatError.
+    """
+    source = open_source(path)
+    chosen = format or AUTO
+    if source.kind == "packed" and chosen == AUTO and sparsity is None and head_format is None:
+        return load_packed(path)
+    tokenizer = source.tokenizer
+    tensors: dict[str, Packed] = {}
+    reports = []
+    with _memory(source):
+        for name, value, report in convert(
+            source, chosen, sparsity, head_format, progress, threads
+        ):
+            tensors[name] = value
+            reports.append(report)
+    return PackedModel(source.config, tokenizer, tensors, tuple(reports))
+
+
+@contextmanager
+def _memory(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise CheckpointError(
+            f"{source.path}: packing it needs more memory than there is",
+            hint="choose a smaller format, or `lacewing compress` it first: a packed directory is"
+            " mapped, and takes no memory of its own",
+        ) from None
+
+
+def write_packed(
+    source: Source | str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    format: str = AUTO,
+    sparsity: float | None = None,
+    head_format: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> list[Report]:
+    """Converts a model into a packed directory, which appears complete or not at all.
+
+    force: replace an existing packed directory, which stays until the new one is on disk. An
+    interrupted conversion leaves nothing and starts again from zero.
+
+    Raises CheckpointError (source damaged, target exists or cannot be written),
+    UnsupportedModelError, FormatError.
+    """
+    opened = source if isinstance(source, Source) else open_source(source)
+    plan = _plan(opened, format, sparsity, head_format)
+    tokenizer = opened.tokenizer
+    reports = []
+    stream = convert(opened, format, sparsity, head_format, progress, threads)
+    with _memory(opened), new_directory(Path(out_dir), MANIFEST, force) as place:
+        parts = [f"{name}.{part}" for name in plan for part in ("stream", "offsets")]
+        with SafetensorsWriter(place / WEIGHTS, parts, {"format": "lacewing"}) as out:
+            for name, value, report in stream:
+                _add(out, name, value)
+                reports.append(report)
+        tensors = {report.name: (report.format, report.shape) for report in reports}
+        manifest = manifest_json(opened.config, tokenizer, tensors)
+        write_file(place / TOKENIZER, tokenizer.tokenizer_json.encode())
+        write_file(place / MANIFEST, manifest.encode())
+    return reports
+
+
+def _add(out: SafetensorsWriter, name: str, value: Packed) -> None:
+    if isinstance(value, PackedTensor):
+        for part, array in value.parts.items():
+            out.add(f"{name}.{part}", array)
+    else:
+        out.add(name, value)
+
+
+# -- the stream of tensors ------------------------------------------------------------------------
+
+
+def convert(
+    source: Source,
+    format: str = AUTO,
+    sparsity: float | None = None,
+    head_format: str | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Iterator[tuple[str, Packed, Report]]:
+    """Every tensor of the model, packed, one at a time.
+
+    format: a weight format, or `auto` (see above); embedding and head follow it only where it is
+    `auto` or `bf16`, unless `head_format` says. sparsity: share of the weights of every other
+    matrix that is dropped, by magnitude. threads: None is one per core, at most 8.
+
+    Raises UnsupportedModelError, CheckpointError (tensors that are not those of the config),
+    FormatError (naming the tensor: NaN, a sparsity its format cannot hold).
+    """
+    plan = _plan(source, format, sparsity, head_format)
+    total = sum(math.prod(tensor.shape) for tensor, _ in plan.values())
+    done = 0
+    waiting: deque[Job] = deque()
+    with _pool(threads) as pool:
+        for name, (tensor, kind) in plan.items():
+            share = None if name in _TABLES else sparsity
+            waiting.append(Job(pool, tensor, kind, share))
+            while sum(job.weights for job in waiting) > _AHEAD + waiting[0].weights:
+                job = waiting.popleft()
+                yield job.result()
+                done = _advance(progress, job, done, total)
+        while waiting:
+            job = waiting.popleft()
+            yield job.result()
+            done = _advance(progress, job, done, total)
+
+
+def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
+    done += job.weights
+    if progress is not None:
+        progress(job.tensor.name, done, total)
+    return done
+
+
+@contextmanager
+def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that stop early when the caller does."""
+    count = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="pack")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _plan(
+    source: Source, format: str, sparsity: float | None, head_format: str | None
+) -> dict[str, tuple[SourceTensor, Format | None]]:
+    """Name -> (tensor, format), everything checked that can be without reading a weight."""
+    for name in (format, head_format):
+        if name not in (None, AUTO):
+            get_format(name)
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise FormatError(f"sparsity must be in [0, 1), got {sparsity}")
+    plan: dict[str, tuple[SourceTensor, Format | None]] = {}
+    for name in source.spec.tensor_shapes():
+        tensor = source.tensors[name]
+        kind = _choose(tensor, format, head_format)
+        if sparsity and kind is not None and kind.asymmetric and name not in _TABLES:
+            raise FormatError(
+                f"`{name}`: {kind.name} cannot hold pruned weights: zero is not on its grid",
+                hint="name a symmetric or a sparse format, such as `w8a8g64_sp`",
+            )
+        plan[name] = (tensor, kind)
+    return plan
+
+
+def _choose(tensor: SourceTensor, format: str, head_format: str | None) -> Format | None:
+    """None for a vector."""
+    if len(tensor.shape) == 1:
+        return None
+    chosen = format
+    if tensor.name in _TABLES:
+        if head_format is not None:
+            chosen = head_format
+        elif format not in (AUTO, "bf16"):
+            chosen = _FLOATS_TO
+    if chosen == AUTO:
+        chosen = tensor.own_format or _FLOATS_TO
+    return get_format(chosen)

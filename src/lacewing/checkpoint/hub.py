@@ -1,0 +1,259 @@
+"""A Hugging Face directory: config.json, safetensors (one file or an index of shards), and the
+tokenizer's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lacewing.checkpoint.files import fail, parse_json, read_json, read_text, shown
+from lacewing.checkpoint.safetensors import SafetensorsFile, read_safetensors
+from lacewing.checkpoint.tensors import F32, Source, SourceTensor, TokenizerFiles, check_ids
+from lacewing.errors import CheckpointError, UnsupportedModelError
+from lacewing.formats import Codes
+
+__all__ = ["CONFIG", "HubSource"]
+
+Array = npt.NDArray[Any]
+
+CONFIG = "config.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16")
+_DAMAGED = "the download is incomplete or damaged: fetch it again"
+
+
+class HubSource(Source):
+    """A Hugging Face directory. Raises CheckpointError and UnsupportedModelError when opened."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / CONFIG).exists():
+            hint = "name a packed directory, a Hugging Face directory or a GGUF file"
+            fail(str(path), f"a {CONFIG} (or lacewing.json)", "none", hint)
+        self.config = read_json(path / CONFIG)
+        if self.config.get("quantization_config"):
+            raise UnsupportedModelError(
+                f"{path / CONFIG}: `quantization_config`: needs weights in bf16, f16 or f32,"
+                " got quantized ones",
+                hint="use the original model, or a GGUF file of it",
+            )
+        self._files = _open_shards(path)
+
+    @cached_property
+    def tensors(self) -> dict[str, SourceTensor]:  # type: ignore[override]
+        fold = str(self.config.get("model_type", "")).startswith("gemma")
+        return {
+            name: _Tensor(file, name, fold and name.endswith("norm.weight"))
+            for name, file in self._files.items()
+        }
+
+    def _read_tokenizer(self) -> TokenizerFiles:
+        path = self.path / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(
+                f"{self.path}: needs a tokenizer.json, got none",
+                hint="`AutoTokenizer.from_pretrained(..).save_pretrained(..)` of transformers"
+                " writes it",
+            )
+        return _Tokenizer(self.path, read_text(path), self.config).files()
+
+
+class _Tensor(SourceTensor):
+    """A float tensor. `fold`: Gemma multiplies by 1 + w; the 1 is added here, once and for all."""
+
+    def __init__(self, file: SafetensorsFile, name: str, fold: bool) -> None:
+        entry = file.tensors[name]
+        self._file = file
+        self._fold = fold
+        self.name = name
+        self.shape = entry.shape
+        self.dtype = entry.dtype
+        self.nbytes = entry.nbytes
+
+    def check_type(self) -> None:
+        if self.dtype not in _FLOATS:
+            raise UnsupportedModelError(
+                f"`{self.name}`: needs a type of {', '.join(_FLOATS)}, got {self.dtype}",
+                hint="use the original model, or a GGUF file of it",
+            )
+
+    def _array(self) -> Array:
+        return self._file.array(self.name)
+
+    def dequantize(self, begin: int = 0, end: int | None = None) -> F32:
+        values = self._array()[begin:end]
+        if self.dtype == "BF16":
+            values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        with np.errstate(invalid="ignore"):  # NaN; found by whoever rounds
+            floats = values.astype(np.float32, copy=False)
+            return floats + np.float32(1) if self._fold else floats
+
+    def release(self) -> None:
+        self._file.release(self.name)
+
+    def codes(self, begin: int = 0, end: int | None = None) -> tuple[str, Codes] | None:
+        if self.dtype != "BF16" or len(self.shape) != 2 or self._fold:
+            return None
+        return "bf16", Codes(self._array()[begin:end])
+
+
+# -- shards ---------------------------------------------------------------------------------------
+
+
+def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the file that holds it."""
+    if (path / _SINGLE).exists():
+        file = read_safetensors(path / _SINGLE)
+        return dict.fromkeys(file.tensors, file)
+    if not (path / _INDEX).exists():
+        others = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+        hint = "convert the weights to safetensors first" if others else _DAMAGED
+        fail(str(path), f"{_SINGLE} or {_INDEX}", "neither", hint)
+    index = path / _INDEX
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict):
+        fail(f"{index}: `weight_map`", "a mapping of tensors to files", shown(placed))
+    for name, file_name in placed.items():
+        _check_file_name(index, name, file_name)
+    files = {file_name: read_safetensors(path / file_name) for file_name in set(placed.values())}
+    for name, file_name in placed.items():
+        if name not in files[file_name].tensors:
+            fail(f"{index}: tensor `{shown(name)}`", f"to be in {file_name}", "none", _DAMAGED)
+    return {name: files[file_name] for name, file_name in placed.items()}
+
+
+def _check_file_name(index: Path, name: str, value: Any) -> None:
+    """The files lie in the directory itself (links are welcome: the hub's cache has them)."""
+    plain = isinstance(value, str) and value.isprintable() and not set("/\\") & set(value)
+    if not plain or value in ("", ".", ".."):
+        fail(f"{index}: tensor `{shown(name)}`", "the name of a file beside it", shown(value))
+
+
+# -- tokenizer ------------------------------------------------------------------------------------
+
+
+class _Tokenizer:
+    """The tokenizer's files. What they do not say is looked up in the vocabulary."""
+
+    def __init__(self, path: Path, document: str, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.document = document
+        self.config = config
+        self.json = parse_json(document, str(path / "tokenizer.json"))
+        self.options = self._optional("tokenizer_config.json")
+        self.generation = self._optional("generation_config.json")
+        self.ids = self._ids()
+        self._check_vocabulary()
+
+    def files(self) -> TokenizerFiles:
+        bos, eos = self._token("bos_token"), self._token("eos_token")
+        found = self._named(bos) or self._stated_ids(self.config, "bos_token_id")
+        ends = [
+            *self._stated_ids(self.generation, "eos_token_id"),
+            *self._stated_ids(self.config, "eos_token_id"),
+            *self._named(eos),
+        ]
+        return TokenizerFiles(
+            tokenizer_json=self.document,
+            chat_template=self._chat_template(),
+            bos_token=bos,
+            eos_token=eos,
+            bos_token_id=found[0] if found else None,
+            eos_token_ids=list(dict.fromkeys(ends)),
+            add_bos=bool(found) and self._adds_bos(found[0]),
+        )
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return read_json(path) if path.exists() else {}
+
+    def _named(self, token: str | None) -> list[int]:
+        return [self.ids[token]] if token is not None and token in self.ids else []
+
+    def _ids(self) -> dict[str, int]:
+        ids = dict(self._vocabulary())
+        added = self.json.get("added_tokens", [])
+        for token in added if isinstance(added, list) else []:
+            if isinstance(token, dict) and isinstance(token.get("content"), str):
+                index = token.get("id")
+                if isinstance(index, int):
+                    ids[token["content"]] = index
+        return ids
+
+    def _vocabulary(self) -> dict[str, int]:
+        """The model's own tokens: a mapping (BPE, WordPiece) or a list of pairs (Unigram)."""
+        model = self.json.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, list):
+            pairs = [item for item in vocabulary if isinstance(item, list) and item]
+            return {str(item[0]): i for i, item in enumerate(pairs)}
+        if not isinstance(vocabulary, dict) or not all(type(i) is int for i in vocabulary.values()):
+            where = f"{self.path / 'tokenizer.json'}: `model.vocab`"
+            fail(where, "a mapping of tokens to ids", shown(vocabulary))
+        return vocabulary
+
+    def _check_vocabulary(self) -> None:
+        """Added tokens may go beyond the embedding (Gemma's image token does), others not."""
+        size = self.config.get("vocab_size")
+        largest = max(self._vocabulary().values(), default=0)
+        if isinstance(size, int) and largest >= size:
+            fail(
+                f"{self.path / 'tokenizer.json'}: `model.vocab`",
+                f"ids below the {size} rows of the embedding",
+                largest,
+                "the tokenizer and the weights are of different models",
+            )
+
+    def _token(self, key: str) -> str | None:
+        value = self.options.get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+    def _stated_ids(self, options: Mapping[str, Any], key: str) -> list[int]:
+        value = options.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            fail(f"{self.path}: `{key}`", "token ids", shown(value))
+        size = self.config.get("vocab_size")
+        check_ids(f"{self.path}: `{key}`", ids, size if isinstance(size, int) else None)
+        return ids
+
+    def _adds_bos(self, bos: int) -> bool:
+        """As the configuration says, or else as the tokenizer's own post-processor does."""
+        stated = self.options.get("add_bos_token")
+        if isinstance(stated, bool):
+            return stated
+        return self._starts_with(self.json.get("post_processor"), bos)
+
+    def _starts_with(self, processor: Any, bos: int) -> bool:
+        if not isinstance(processor, dict):
+            return False
+        inner = processor.get("processors")
+        if isinstance(inner, list):
+            return any(self._starts_with(step, bos) for step in inner[:16])
+        single = processor.get("single")
+        first = single[0] if isinstance(single, list) and single else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        name = token.get("id") if isinstance(token, dict) else None
+        return isinstance(name, str) and self.ids.get(name) == bos
+
+    def _chat_template(self) -> str | None:
+        """The newer file of its own, or the older key: one template, or several with names."""
+        path = self.path / "chat_template.jinja"
+        if path.exists():
+            return read_text(path)
+        value = self.options.get("chat_template")
+        if isinstance(value, list):
+            named = [item for item in value if isinstance(item, dict)]
+            chosen = [item for item in named if item.get("name") == "default"] or named[:1]
+            value = chosen[0].get("template") if chosen else None
+        return value if isinstance(value, str) else None

@@ -1,0 +1,236 @@
+"""One tensor on its way from a model file to its packed bytes, a run of rows at a time."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from lacewing.checkpoint.manifest import VECTOR
+from lacewing.checkpoint.tensors import F32, SourceTensor
+from lacewing.errors import FormatError, LacewingError
+from lacewing.formats import FORMATS, Codes, Format, PackedTensor
+from lacewing.formats.base import aligned_empty, row_chunks
+from lacewing.formats.tiles import STRIP
+
+__all__ = ["Job", "Packed", "Report"]
+
+Packed = PackedTensor | F32
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: str
+    """Type in the source: `Q4_1`, `BF16`."""
+    format: str
+    """Weight format, or `f32` for a tensor of one dimension."""
+    nbytes: int
+    error: float
+    """Added by rounding: ‖w - w'‖ / ‖w‖, against what the source says w is."""
+    exact: bool
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end. `ThreadPoolExecutor.submit` holds locks that its workers want:
+    interrupted inside, it may leave them locked, and nobody could ever join the workers."""
+    old = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or old is None:
+        yield  # handlers of Python run in the main thread only
+        return
+    seen: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
+
+
+class Job:
+    """One tensor under way: its runs of rows are with the pool."""
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        tensor: SourceTensor,
+        kind: Format | None,
+        sparsity: float | None,
+    ) -> None:
+        self.tensor = tensor
+        self.kind = kind
+        self.weights = math.prod(tensor.shape)
+        self._packed = tensor.packed() if kind is not None and sparsity is None else None
+        if self._packed is not None and kind is not None and self._packed.format != kind.name:
+            self._packed = None
+        self._pieces: list[Future[_Piece]] = []
+        if kind is not None and self._packed is None:
+            n, k = tensor.shape
+            self._join = _joiner(kind, n, k)
+            with _uninterrupted():
+                self._pieces = [
+                    pool.submit(self._piece, kind, sparsity, begin, end)
+                    for begin, end in row_chunks(n, k)
+                ]
+
+    def result(self) -> tuple[str, Packed, Report]:
+        """Waits for the pieces and joins them."""
+        name = self.tensor.name
+        if self.kind is None:
+            vector = self._vector()
+            return name, vector, self._report(VECTOR, vector.nbytes, 0.0, True)
+        if self._packed is not None:
+            report = self._report(self._packed.format, self._packed.nbytes, 0.0, True)
+            return name, self._packed, report
+        pieces = [future.result() for future in self._pieces]
+        self._pieces = []
+        self.tensor.release()
+        packed = _denser(self.kind, self._join.finish(self.kind))
+        lost, whole = sum(p.lost for p in pieces), sum(p.whole for p in pieces)
+        error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
+        exact = all(p.exact for p in pieces)
+        return name, packed, self._report(packed.format, packed.nbytes, error, exact)
+
+    def _report(self, format: str, nbytes: int, error: float, exact: bool) -> Report:
+        tensor = self.tensor
+        return Report(tensor.name, tensor.shape, tensor.dtype, format, nbytes, error, exact)
+
+    def _vector(self) -> F32:
+        vector = np.ascontiguousarray(self.tensor.dequantize(), np.float32)
+        if not np.isfinite(vector).all():
+            at = int(np.flatnonzero(~np.isfinite(vector))[0])
+            raise FormatError(
+                f"`{self.tensor.name}`: needs finite values, got {vector[at]} at [{at}]",
+                hint="the model file is damaged, or its training diverged",
+            )
+        return vector
+
+    def _piece(self, kind: Format, sparsity: float | None, begin: int, end: int) -> _Piece:
+        try:
+            codes, piece = _round(self.tensor, kind, sparsity, begin, end)
+            self._join.put(begin, kind.pack(codes))
+        except LacewingError as error:
+            if self.tensor.name in str(error):
+                raise
+            text = f"`{self.tensor.name}`, rows {begin} to {end - 1}: {error}"
+            raise type(error)(text, hint=error.hint) from None
+        return piece
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Squared norms of what rounding took away and of the weights, of one run of rows."""
+
+    lost: float
+    whole: float
+    exact: bool
+
+
+def _round(
+    tensor: SourceTensor, kind: Format, sparsity: float | None, begin: int, end: int
+) -> tuple[Codes, _Piece]:
+    """Codes of a run of rows, from the tensor's own grid where that is the format's."""
+    if not sparsity:
+        own = tensor.codes(begin, end) if tensor.own_format == kind.name else None
+        if own is None and kind.name == "bf16":
+            own = tensor.codes(begin, end)
+        if own is not None and own[0] == kind.name:
+            _check_finite_bits(own[1])
+            return own[1], _Piece(0.0, 0.0, True)
+    weights = tensor.dequantize(begin, end)
+    near = tensor.near_codes(begin, end) if not sparsity else None
+    codes = near[1] if near is not None and near[0] == kind.name else None
+    if codes is None:
+        codes = kind.round(weights, sparsity)
+    lost = kind.dequantize(codes)
+    lost -= weights
+    missing = _square(lost)
+    return codes, _Piece(missing, _square(weights), missing == 0 and not lost.any())
+
+
+def _square(weights: F32) -> float:
+    flat = np.ascontiguousarray(weights).reshape(-1)
+    total = float(np.dot(flat, flat))
+    return total if math.isfinite(total) else float(np.dot(flat.astype(np.float64), flat))
+
+
+def _check_finite_bits(codes: Codes) -> None:
+    if codes.q.dtype == np.uint16 and ((codes.q & 0x7F80) == 0x7F80).any():
+        raise FormatError(
+            "needs finite weights, got NaN or infinity",
+            hint="the model file is damaged, or its training diverged",
+        )
+
+
+def _denser(kind: Format, packed: PackedTensor) -> PackedTensor:
+    """The same weights in the dense format of the same width, where that takes no more bytes: a
+    sparse weight is never slower than a dense one. Every product is the same."""
+    twin = FORMATS.get(kind.name.removesuffix("_sp"))
+    if not kind.sparse or twin is None:
+        return packed
+    sizes = twin.expected_part_bytes(*packed.shape).values()
+    if packed.nbytes < sum(size or 0 for size in sizes):
+        return packed
+    return twin.pack(kind.unpack(packed))
+
+
+class _DenseJoin:
+    """Parts of dense formats have one entry per strip of 16 outputs: runs are written in place."""
+
+    def __init__(self, kind: Format, n: int, k: int) -> None:
+        self._shape = (n, k)
+        self._parts = {
+            name: aligned_empty(shape, kind.part_dtypes[name])
+            for name, shape in kind.part_shapes(n, k).items()
+        }
+
+    def put(self, begin: int, piece: PackedTensor) -> None:
+        for name, part in piece.parts.items():
+            first = begin // STRIP
+            self._parts[name][first : first + len(part)] = part
+
+    def finish(self, kind: Format) -> PackedTensor:
+        return PackedTensor(kind.name, self._shape, self._parts)
+
+
+class _SparseJoin:
+    """Streams are laid end to end, without the zeros that follow the last strip of each."""
+
+    def __init__(self, kind: Format, n: int, k: int) -> None:
+        self._shape = (n, k)
+        self._pieces: dict[int, PackedTensor] = {}
+
+    def put(self, begin: int, piece: PackedTensor) -> None:
+        self._pieces[begin] = piece
+
+    def finish(self, kind: Format) -> PackedTensor:
+        pieces = [self._pieces[begin].parts for begin in sorted(self._pieces)]
+        size = sum(int(piece["offsets"][-1]) for piece in pieces)
+        tail = len(pieces[0]["stream"]) - int(pieces[0]["offsets"][-1])
+        stream = aligned_empty((size + tail,), np.uint8)
+        stream[size:] = 0
+        offsets = [np.zeros(1, np.int64)]
+        at = 0
+        for piece in pieces:
+            length = int(piece["offsets"][-1])
+            stream[at : at + length] = piece["stream"][:length]
+            offsets.append(piece["offsets"][1:] + at)
+            at += length
+        self._pieces.clear()
+        parts = {"stream": stream, "offsets": np.concatenate(offsets)}
+        return PackedTensor(kind.name, self._shape, parts)
+
+
+def _joiner(kind: Format, n: int, k: int) -> _DenseJoin | _SparseJoin:
+    return _SparseJoin(kind, n, k) if kind.sparse else _DenseJoin(kind, n, k)

@@ -1,0 +1,53 @@
+"""Executes the kernels of one ISA on small inputs: `python -m lacewing.cli.probe ISA`.
+
+A process of its own, because an ISA that the CPU names but the machine does not run ends it with
+SIGILL. Prints `{"formats": {name: "ok" | "differs"}}`; the scalar kernels are the measure.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+
+from lacewing import formats
+from lacewing.formats import Codes
+from lacewing.native import compiled, tensor
+
+ROWS, OUTPUTS, INPUTS = 3, 48, 192
+
+
+def random_codes(name: str, n: int, k: int, sparsity: float = 0.5, seed: int = 0) -> Codes:
+    """Codes of a `[n, k]` weight that covers the whole range of the format."""
+    form = formats.get_format(name)
+    random = np.random.default_rng(seed)
+    if form.group_size == 0:
+        values = random.standard_normal((n, k), dtype=np.float32)
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return Codes(bits, None, None)
+    codes = random.integers(0, 1 << form.weight_bits, (n, k), dtype=np.uint8)
+    if form.sparse:
+        codes[random.random((n, k), dtype=np.float32) < sparsity] = form.zero_point
+    groups = -(-k // form.group_size)
+    scales = (0.005 + 0.01 * random.random((n, groups))).astype(np.float16)
+    minima = (-8 * scales.astype(np.float32)).astype(np.float16) if form.asymmetric else None
+    return Codes(codes, scales, minima)
+
+
+def agrees(name: str, isa: str) -> bool:
+    """Whether `isa` multiplies by a weight of format `name` as the scalar kernels do."""
+    weight = tensor(formats.get_format(name).pack(random_codes(name, OUTPUTS, INPUTS)))
+    x = np.random.default_rng(1).standard_normal((ROWS, INPUTS), dtype=np.float32)
+    linear = compiled().linear
+    measure = linear(x, weight, isa="scalar", threads=1)
+    return bool(np.array_equal(measure, linear(x, weight, isa=isa, threads=1)))
+
+
+def main(isa: str) -> None:
+    found = {name: "ok" if agrees(name, isa) else "differs" for name in formats.FORMATS}
+    print(json.dumps({"formats": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

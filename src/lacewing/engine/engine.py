@@ -1,0 +1,169 @@
+"""Engine: requests in, steps, text out. One thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Ids
+from operator import index
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lacewing.engine.blocks import BLOCK_SIZE, BlockManager
+from lacewing.engine.runner import Runner
+from lacewing.engine.sampling import SamplingParams, log_total
+from lacewing.engine.scheduler import Chunk, Scheduler
+from lacewing.engine.sequence import FinishReason, Sequence
+from lacewing.engine.stops import Decoder, Writer
+from lacewing.errors import RequestError
+
+__all__ = ["Engine"]
+
+_SCORE_BYTES = 64 << 20  # of logits that `score` holds at once
+
+
+class Engine:
+    """Drives the scheduler and the runner.
+
+    - `runner`: the model.
+    - `new_decoder`: makes the token-to-text decoder of one sequence.
+    - `eos_token_ids`: tokens that end an output.
+    - `token_budget`: tokens computed in one step; `max_sequences`: sequences decoding together.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        new_decoder: Callable[[], Decoder],
+        eos_token_ids: Collection[int] = (),
+        token_budget: int = 512,
+        max_sequences: int = 64,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(BlockManager(runner.kv_blocks), token_budget, max_sequences)
+        self._new_decoder = new_decoder
+        self._eos = frozenset(eos_token_ids)
+
+    def check(self, prompt: Ids[int]) -> list[int]:
+        """The prompt as a list of ints. Raises `RequestError` if it cannot be served: empty,
+        token ids outside the vocabulary, no room for an output token."""
+        tokens = self._check_ids(prompt)
+        limit = self.runner.max_context
+        if len(tokens) >= limit:
+            raise RequestError(
+                f"the prompt must be shorter than the context of {limit} tokens, "
+                f"got {len(tokens)} tokens",
+                hint="shorten it, or open the model with a larger `max_context`",
+            )
+        return tokens
+
+    def request(self, prompt: Ids[int], params: SamplingParams) -> Sequence:
+        """A new request, not queued yet. Raises `RequestError` as `check` does."""
+        tokens = self.check(prompt)
+        writer = Writer(self._new_decoder(), params.stop)
+        return Sequence.start(tokens, params, writer, self.runner.max_context)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a request; `step` works on it until it is finished or aborted."""
+        self.scheduler.add(sequence)
+
+    def step(self) -> None:
+        """Computes one step and hands every sequence that got a token its text.
+
+        Whatever interrupts it (Ctrl-C, an error of the model) leaves the engine usable: all
+        sequences are computed again from their tokens.
+        """
+        try:
+            chunks = self.scheduler.schedule()
+            if not chunks:
+                return
+            logits = self.runner.step(chunks)
+            self.scheduler.commit(chunks)
+            for sequence, row in zip(
+                (c.sequence for c in chunks if c.samples), logits, strict=True
+            ):
+                self._advance(sequence, row)
+        except BaseException:
+            self.scheduler.preempt_all()
+            raise
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a request where it is and frees its blocks. Finished already: no change."""
+        if not sequence.finished:
+            sequence.finish_reason = "abort"
+            self.scheduler.remove(sequence)
+
+    def score(self, tokens: Ids[int]) -> NDArray[np.float32]:
+        """Log-probability f32 `[n - 1]` of every token but the first, given those before it.
+
+        Memory is bounded: some 64 MiB of logits at a time. Raises `RequestError` for fewer than
+        two tokens, more than the context holds, ids outside the vocabulary.
+        """
+        ids = self._check_ids(tokens)
+        if not 2 <= len(ids) <= self.runner.max_context:
+            raise RequestError(
+                f"`score` takes 2 to {self.runner.max_context} tokens (the context), "
+                f"got {len(ids)}",
+                hint="score a longer text in windows",
+            )
+        sequence = Sequence.start(ids[:-1], SamplingParams(), None, self.runner.max_context)
+        blocks = self.scheduler.blocks
+        try:
+            if not blocks.reserve(sequence.table, len(sequence.tokens)):
+                self.scheduler.preempt_all()
+                blocks.reserve(sequence.table, len(sequence.tokens))
+            return np.array(list(self._scores(sequence, ids[1:])), np.float32)
+        except BaseException:
+            del sequence.table[:]
+            self.scheduler.preempt_all()
+            raise
+        finally:
+            blocks.release(sequence.table)
+
+    def _scores(self, sequence: Sequence, targets: list[int]) -> Iterator[float]:
+        rows = max(BLOCK_SIZE, _SCORE_BYTES // (4 * self.runner.vocab_size))
+        for start in range(0, len(targets), rows):
+            wanted = targets[start : start + rows]
+            chunk = Chunk(sequence, start, len(wanted), False)
+            logits = self.runner.step([chunk], every_row=True)
+            for row, target in zip(logits, wanted, strict=True):
+                yield float(row[target]) - log_total(row)
+
+    def _check_ids(self, tokens: Ids[int]) -> list[int]:
+        try:
+            if isinstance(tokens, (str, bytes)):
+                raise TypeError(f"got {type(tokens).__name__}")
+            ids = [index(token) for token in tokens]
+        except TypeError as error:
+            raise RequestError(
+                f"a prompt must be a string or a list of token ids: {error}"
+            ) from error
+        if not ids:
+            raise RequestError("the prompt is empty: at least one token is needed")
+        if min(ids) < 0 or max(ids) >= self.runner.vocab_size:
+            wrong = next(t for t in ids if not 0 <= t < self.runner.vocab_size)
+            raise RequestError(
+                f"token ids must be in [0, {self.runner.vocab_size}), the vocabulary, got {wrong}"
+            )
+        return ids
+
+    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        """Chooses the next token, and finishes the sequence if it is the last one."""
+        params = sequence.params
+        token = sequence.sampler.choose(logits)
+        if params.logprobs is not None:
+            sequence.logprobs.append(sequence.sampler.logprobs(logits, token))
+        sequence.append(token)
+        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+            self._finish(sequence, "stop")
+            return
+        if sequence.write(token):
+            self._finish(sequence, "stop", flush=False)
+        elif len(sequence.tokens) - sequence.prompt_tokens >= sequence.max_tokens:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, *, flush: bool = True) -> None:
+        if flush and sequence.write(None):
+            reason = "stop"  # a stop string came out of the bytes held back
+        sequence.finish_reason = reason
+        self.scheduler.remove(sequence)

@@ -1,0 +1,149 @@
+"""w8a8 and w4a8: dense symmetric integer weights, one f16 scale per output and group."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lacewing.formats.base import Codes, Format, PackedTensor, aligned_empty, row_chunks
+from lacewing.formats.scales import check_scale_range, symmetric_grid
+from lacewing.formats.tiles import (
+    STRIP,
+    from_nibbles,
+    from_strips,
+    from_tiles,
+    strips,
+    to_nibbles,
+    to_strips,
+    to_tiles,
+)
+
+__all__ = ["CODES_AND_SCALES", "W4", "W8", "Dense", "Symmetric", "grouped"]
+
+F32 = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+
+CODES_AND_SCALES: Mapping[str, np.dtype[Any]] = {
+    "codes": np.dtype(np.uint8),
+    "scales": np.dtype(np.float16),
+}
+
+
+def grouped(rows: F32, group: int) -> F32:
+    """`rows` `[r, k]` as `[r * groups, group]`, zeros past the last input of a row."""
+    short = -rows.shape[1] % group
+    if short:
+        rows = np.pad(rows, ((0, 0), (0, short)))
+    return rows.reshape(-1, group)
+
+
+class Dense(Format):
+    """A format whose parts are arrays with one entry per strip, so that strips are independent."""
+
+    def pack(self, codes: Codes) -> PackedTensor:
+        n, k = self.check_codes(codes)
+        parts = {
+            name: aligned_empty(shape, self.part_dtypes[name])
+            for name, shape in self.part_shapes(n, k).items()
+        }
+        for begin, end in row_chunks(n, k):
+            strip = slice(begin // STRIP, strips(end))
+            for name, part in self._pack_rows(codes.rows(begin, end)).items():
+                parts[name][strip] = part
+        return PackedTensor(self.name, (n, k), parts)
+
+    def unpack(self, packed: PackedTensor) -> Codes:
+        self.validate(packed)
+        n, k = packed.shape
+        out = self.empty_codes(n, k)
+        for begin, end in row_chunks(n, k):
+            strip = slice(begin // STRIP, strips(end))
+            views = {name: part[strip] for name, part in packed.parts.items()}
+            self._unpack_rows(views, out.rows(begin, end))
+        return out
+
+    @abstractmethod
+    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
+        """The parts of whole strips of outputs."""
+
+    @abstractmethod
+    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
+        """Fills `out` from the parts of its strips."""
+
+
+class Symmetric(Format):
+    """`weight = scale * (code - zero_point)`: what dense and sparse symmetric formats share."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        self.weight_bits = bits
+        self.group_size = self.input_multiple = group
+        self.zero_point = 1 << (bits - 1)
+        self.name = f"w{bits}a8g{group}"
+
+    def _round_rows(self, rows: F32, out: Codes, first_row: int) -> None:
+        assert out.scales is not None
+        check_scale_range(self.name, np.abs(rows), (1 << (self.weight_bits - 1)) - 1, first_row)
+        q, scale = symmetric_grid(grouped(rows, self.group_size), self.weight_bits)
+        r, k = rows.shape
+        out.q[:] = q.reshape(r, -1)[:, :k]
+        out.scales[:] = scale.reshape(r, -1)
+
+
+class W8(Symmetric, Dense):
+    """Part `codes`: uint8 `[S][k_pad/4][16][4]`. Part `scales`: f16 `[S][k_pad/G][16]`."""
+
+    part_dtypes = CODES_AND_SCALES
+
+    def __init__(self, group: int) -> None:
+        super().__init__(8, group)
+
+    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        count = strips(n)
+        return {
+            "codes": (count, self.k_pad(k) // 4, STRIP, 4),
+            "scales": (count, self.groups(k), STRIP),
+        }
+
+    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
+        assert codes.scales is not None
+        tiles = to_tiles(codes.q, self.k_pad(codes.shape[1]), self.zero_point)
+        return {"codes": tiles, "scales": to_strips(codes.scales)}
+
+    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
+        assert out.scales is not None
+        n, k = out.shape
+        out.q[:] = from_tiles(parts["codes"], n, k)
+        out.scales[:] = from_strips(parts["scales"], n)
+
+
+class W4(Symmetric, Dense):
+    """Part `codes`: uint8 `[S][k_pad/8][16][4]`, byte `[o][i]` of block b holds the code of input
+    `8b + i` in its low and of input `8b + 4 + i` in its high nibble. Part `scales`: f16
+    `[S][k_pad/G][16]`."""
+
+    part_dtypes = CODES_AND_SCALES
+
+    def __init__(self, group: int) -> None:
+        super().__init__(4, group)
+
+    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        count = strips(n)
+        return {
+            "codes": (count, self.k_pad(k) // 8, STRIP, 4),
+            "scales": (count, self.groups(k), STRIP),
+        }
+
+    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
+        assert codes.scales is not None
+        tiles = to_tiles(codes.q, self.k_pad(codes.shape[1]), self.zero_point)
+        return {"codes": to_nibbles(tiles), "scales": to_strips(codes.scales)}
+
+    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
+        assert out.scales is not None
+        n, k = out.shape
+        out.q[:] = from_tiles(from_nibbles(parts["codes"]), n, k)
+        out.scales[:] = from_strips(parts["scales"], n)

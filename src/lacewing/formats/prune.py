@@ -1,0 +1,41 @@
+"""Magnitude pruning: the data-free choice of which weights to drop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from lacewing.errors import FormatError
+
+__all__ = ["magnitude_mask", "prune_rows"]
+
+F32 = npt.NDArray[np.float32]
+
+
+def magnitude_mask(rows: F32, sparsity: float) -> npt.NDArray[np.bool_]:
+    """True for the weights of `rows` `[n, k]` that stay.
+
+    In every row exactly `floor(k * sparsity + 0.5)` weights go, those of smallest magnitude; of
+    equal magnitudes the earlier inputs go first.
+    """
+    if not 0 <= sparsity < 1:
+        raise FormatError(f"sparsity must be in [0, 1), got {sparsity}")
+    n, k = rows.shape
+    drop = math.floor(k * sparsity + 0.5)
+    if drop == 0:
+        return np.ones((n, k), np.bool_)
+    size = np.abs(rows)
+    threshold = np.partition(size, drop - 1, axis=1)[:, drop - 1, None]
+    keep = size > threshold
+    spare = keep.sum(axis=1) - (k - drop)
+    for row in np.flatnonzero(spare):  # ties at the threshold: -spare of them stay, the last ones
+        ties = np.flatnonzero(size[row] == threshold[row])
+        keep[row, ties[spare[row] :]] = True
+    return keep
+
+
+def prune_rows(rows: F32, sparsity: float) -> F32:
+    """A copy of `rows` with the weights that `magnitude_mask` drops set to zero."""
+    return np.where(magnitude_mask(rows, sparsity), rows, np.float32(0))

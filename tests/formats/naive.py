@@ -1,0 +1,199 @@
+"""The packed layouts and the oracle once more, by slow loops, straight from the words of the docs.
+
+Nothing here is shared with `lacewing.formats`: a weight is looked up by `(output, input)`, one
+byte is appended after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from lacewing.formats import Codes, Format
+
+f32 = np.float32
+
+
+def random_codes(fmt: Format, n: int, k: int, seed: int = 0, density: float = 0.5) -> Codes:
+    """Codes of every value, scales of either sign. Sparse: `density` of the weights are there."""
+    rng = np.random.default_rng([seed, n, k])
+    if fmt.group_size == 0:
+        values = rng.standard_normal((n, k)).astype(np.float32)
+        return Codes((values.view(np.uint32) >> 16).astype(np.uint16))
+    q = rng.integers(0, 1 << fmt.weight_bits, (n, k)).astype(np.uint8)
+    if fmt.sparse:
+        q[rng.random((n, k)) >= density] = fmt.zero_point
+    groups = math.ceil(k / fmt.group_size)
+    scales = rng.standard_normal((n, groups)).astype(np.float16)
+    mins = rng.standard_normal((n, groups)).astype(np.float16) if fmt.asymmetric else None
+    return Codes(q, scales, mins)
+
+
+class Lookup:
+    """Codes by place, with the padding that the layout asks for."""
+
+    def __init__(self, fmt: Format, codes: Codes) -> None:
+        self.fmt, self.codes = fmt, codes
+        self.n, self.k = codes.q.shape
+        self.strips = math.ceil(self.n / 16)
+        self.group = fmt.group_size or 2
+        self.groups = math.ceil(self.k / self.group)
+
+    def code(self, o: int, i: int) -> int:
+        inside = o < self.n and i < self.k
+        return int(self.codes.q[o, i]) if inside else self.fmt.zero_point
+
+    def f16(self, values: Any, o: int, j: int) -> bytes:
+        return struct.pack("<e", values[o, j] if o < self.n else 0.0)
+
+
+def parts(fmt: Format, codes: Codes) -> dict[str, bytes]:
+    """The bytes of every part."""
+    w = Lookup(fmt, codes)
+    if fmt.name == "bf16":
+        return {"values": bf16(w)}
+    if fmt.sparse:
+        return stream(w)
+    block = {8: eight_bits, 4: four_bits, 5: five_bits}[fmt.weight_bits]
+    return {"codes": block(w), "scales": scales(w)}
+
+
+def bf16(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for b in range(w.groups):
+            for o in range(16):
+                for i in range(2):
+                    out += struct.pack("<H", w.code(16 * s + o, 2 * b + i))
+    return bytes(out)
+
+
+def eight_bits(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for b in range(w.groups * w.group // 4):
+            for o in range(16):
+                for i in range(4):
+                    out.append(w.code(16 * s + o, 4 * b + i))
+    return bytes(out)
+
+
+def nibble_block(w: Lookup, s: int, b: int) -> bytes:
+    out = bytearray()
+    for o in range(16):
+        for i in range(4):
+            low = w.code(16 * s + o, 8 * b + i) & 15
+            high = w.code(16 * s + o, 8 * b + 4 + i) & 15
+            out.append(low | high << 4)
+    return bytes(out)
+
+
+def four_bits(w: Lookup) -> bytes:
+    blocks = w.groups * w.group // 8
+    return b"".join(nibble_block(w, s, b) for s in range(w.strips) for b in range(blocks))
+
+
+def five_bits(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for g in range(w.groups):
+            for b in range(8):
+                word = 0
+                for o in range(16):
+                    for i in range(4):
+                        fifth = w.code(16 * s + o, 32 * g + 4 * b + i) >> 4
+                        word |= fifth << (4 * o + i)
+                out += struct.pack("<Q", word)
+            for b in range(4):
+                out += nibble_block(w, s, 4 * g + b)
+    return bytes(out)
+
+
+def scales(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for j in range(w.groups):
+            for o in range(16):
+                out += w.f16(w.codes.scales, 16 * s + o, j)
+            if w.fmt.asymmetric:
+                for o in range(16):
+                    out += w.f16(w.codes.mins, 16 * s + o, j)
+    return bytes(out)
+
+
+def stream(w: Lookup) -> dict[str, bytes]:
+    out = bytearray()
+    offsets = [0]
+    for s in range(w.strips):
+        for j in range(w.groups):
+            out += record(w, s, j)
+        out += bytes(-len(out) % 64)
+        offsets.append(len(out))
+    out += bytes(64)
+    return {"stream": bytes(out), "offsets": struct.pack(f"<{len(offsets)}q", *offsets)}
+
+
+def record(w: Lookup, s: int, j: int) -> bytes:
+    head = bytearray()
+    for o in range(16):
+        head += w.f16(w.codes.scales, 16 * s + o, j)
+    values: tuple[list[int], list[int]] = ([], [])  # of the first and the second half of the blocks
+    for b in range(16):
+        word = 0
+        for o in range(16):
+            for i in range(4):
+                code = w.code(16 * s + o, 64 * j + 4 * b + i)
+                if code != w.fmt.zero_point:
+                    word |= 1 << (4 * o + i)
+                    values[b // 8].append(code)
+        head += struct.pack("<Q", word)
+    if w.fmt.weight_bits == 8:
+        body = bytes(values[0] + values[1])
+    else:
+        length = max(len(values[0]), len(values[1]))
+        low, high = (v + [0] * (length - len(v)) for v in values)
+        body = bytes(a | b << 4 for a, b in zip(low, high, strict=True))
+    return bytes(head) + body + bytes(len(body) % 2)
+
+
+def quantize_group(x: list[np.float32]) -> tuple[list[int], np.float32, int]:
+    """One group of activations, one operation after the other."""
+    amax = f32(max(abs(v) for v in x))
+    with np.errstate(over="ignore", divide="ignore"):
+        inv = f32(127) / amax if amax > 0 else f32(0)
+    if np.isinf(inv):
+        return [0] * len(x), f32(0), 0
+    q = [min(127, max(-127, round(float(f32(v * inv))))) for v in x]  # round() is half to even
+    return q, f32(amax / f32(127)), sum(q)
+
+
+def linear(fmt: Format, x: Any, codes: Codes, bias: Any = None) -> Any:
+    """The integer oracle for `x` `[m, k]`, one operation after the other."""
+    n, k = codes.q.shape
+    y = np.zeros((len(x), n), np.float32)
+    for r in range(len(x)):
+        for o in range(n):
+            y[r, o] = output(fmt, x[r], codes, o, k)
+            if bias is not None:
+                y[r, o] = f32(y[r, o] + f32(bias[o]))
+    return y
+
+
+def output(fmt: Format, row: Any, codes: Codes, o: int, k: int) -> np.float32:
+    acc = f32(0)
+    for j, begin in enumerate(range(0, k, fmt.group_size)):
+        end = min(begin + fmt.group_size, k)
+        q, sx, sumx = quantize_group(list(row[begin:end]))
+        sw = f32(codes.scales[o, j])  # type: ignore[index]
+        code = [int(c) - fmt.zero_point for c in codes.q[o, begin:end]]
+        dot = sum(a * b for a, b in zip(code, q, strict=True))
+        assert abs(dot) < 1 << 24
+        term = f32(f32(dot) * f32(sw * sx))
+        if fmt.asymmetric:
+            mw = f32(codes.mins[o, j])  # type: ignore[index]
+            term = f32(term + f32(f32(sumx) * f32(mw * sx)))
+        acc = f32(acc + term)
+    return acc

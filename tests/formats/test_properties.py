@@ -1,0 +1,106 @@
+"""What holds for any weight: found by hypothesis, not by choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lacewing.formats import FORMATS, Codes, Format, PackedTensor, quantize_rows
+from tests.formats import naive
+from tests.formats.test_layout import assert_same
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+formats = st.sampled_from(list(FORMATS.values()))
+rounding = st.sampled_from([f for f in FORMATS.values() if f.group_size])
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 140))
+# f16 scales hold at least 65504 * 7 in every format but the asymmetric ones (65504).
+floats = st.floats(-65504, 65504, width=32)
+
+
+@st.composite
+def weights(draw: Any, elements: st.SearchStrategy[float] = floats) -> Any:
+    return draw(hnp.arrays(np.float32, draw(sizes), elements=elements))
+
+
+@given(formats, sizes, st.integers(0, 999), st.floats(0, 1))
+@SETTINGS
+def test_unpack_inverts_pack(
+    fmt: Format, shape: tuple[int, int], seed: int, density: float
+) -> None:
+    codes = naive.random_codes(fmt, *shape, seed=seed, density=density)
+    packed = fmt.pack(codes)
+    fmt.validate(packed)
+    assert_same(fmt.unpack(packed), codes)
+    want = naive.parts(fmt, codes)
+    assert {name: part.tobytes() for name, part in packed.parts.items()} == want
+
+
+@given(rounding, weights())
+@SETTINGS
+def test_rounding_is_within_half_a_step(fmt: Format, weight: Any) -> None:
+    """No weight is off by more than the worst of the candidate grids allows."""
+    codes = fmt.round(weight)
+    fmt.check_codes(codes)
+    error = np.abs(fmt.dequantize(codes) - weight).max(axis=1)
+    size = np.abs(weight).max(axis=1)
+    span = np.ptp(weight, axis=1) if fmt.asymmetric else size
+    steps = {8: 127, 4: 7, 5: 31}[fmt.weight_bits]
+    # 1.3 steps: the search may clip the extreme for the sake of the others.
+    assert (error <= 1.3 * span / steps + size * 2.0**-10 + 2.0**-24).all()
+
+
+@given(rounding, weights(), st.integers(1, 39))
+@SETTINGS
+def test_rows_are_rounded_on_their_own(fmt: Format, weight: Any, cut: int) -> None:
+    whole = fmt.round(weight)
+    cut = min(cut, len(weight) - 1)
+    if cut:
+        assert_same(fmt.round(weight[:cut]), whole.rows(0, cut))
+    assert_same(fmt.round(weight[cut:]), whole.rows(cut, len(weight)))
+
+
+@given(
+    weights(st.floats(allow_nan=False, allow_infinity=False, width=32)), st.sampled_from([32, 64])
+)
+@SETTINGS
+def test_quantize_rows_is_the_slow_loop(x: Any, group: int) -> None:
+    q, scale, total = quantize_rows(x, group)
+    m, k = x.shape
+    padded = np.pad(x, ((0, 0), (0, -k % group)))
+    assert q.shape == padded.shape
+    for r in range(m):
+        for j in range(scale.shape[1]):
+            part = slice(j * group, (j + 1) * group)
+            want = naive.quantize_group(list(padded[r, part]))
+            assert (q[r, part].tolist(), scale[r, j], total[r, j]) == want
+
+
+@given(weights(), st.sampled_from([f for f in FORMATS.values() if not f.asymmetric]))
+@SETTINGS
+def test_zeros_stay_zeros(weight: Any, fmt: Format) -> None:
+    weight[:, ::3] = 0
+    assert not fmt.dequantize(fmt.round(weight))[:, ::3].any()
+
+
+@given(st.sampled_from(["w8a8g64_sp", "w4a8g64_sp"]), st.integers(0, 10**6), st.data())
+@SETTINGS
+def test_a_damaged_stream_is_an_error_or_a_tensor(name: str, seed: int, data: Any) -> None:
+    """Whatever the bytes: FormatError, or codes that pack into those bytes' meaning."""
+    from lacewing.errors import FormatError
+
+    fmt = FORMATS[name]
+    packed = fmt.pack(naive.random_codes(fmt, 20, 100, seed=seed % 7))
+    parts = {name: part.copy() for name, part in packed.parts.items()}
+    target = parts[data.draw(st.sampled_from(["stream", "offsets"]))].view(np.uint8)
+    for _ in range(data.draw(st.integers(1, 4))):
+        target[data.draw(st.integers(0, len(target) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        codes = fmt.unpack(PackedTensor(name, (20, 100), parts))
+    except FormatError:
+        return
+    assert codes.shape == (20, 100)
+    assert isinstance(codes, Codes)

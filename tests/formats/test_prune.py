@@ -1,0 +1,75 @@
+"""Magnitude pruning: how many weights go, and which."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lacewing.errors import FormatError
+from lacewing.formats import FORMATS, get_format, pack
+from lacewing.formats.prune import magnitude_mask, prune_rows
+
+f32 = np.float32
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 1001])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.5, 0.7, 0.95, 0.9999])
+def test_the_number_per_row_is_exact(k: int, sparsity: float) -> None:
+    rows = np.random.default_rng(k).standard_normal((5, k), f32)
+    dropped = (~magnitude_mask(rows, sparsity)).sum(axis=1)
+    assert dropped.tolist() == [math.floor(k * sparsity + 0.5)] * 5
+
+
+def test_the_smallest_go() -> None:
+    rows = np.array([[3, -1, 0.5, -4], [0, 2, -2.5, 1]], f32)
+    assert prune_rows(rows, 0.5).tolist() == [[3, 0, 0, -4], [0, 2, -2.5, 0]]
+
+
+def test_of_equal_magnitudes_the_earlier_go() -> None:
+    rows = np.array([[2, -2, 2, -2], [1, 1, 1, 5], [0, 0, 0, 0]], f32)
+    keep = magnitude_mask(rows, 0.5)
+    assert keep.tolist() == [
+        [False, False, True, True],
+        [False, False, True, True],
+        [False, False, True, True],
+    ]
+
+
+def test_ties_match_a_stable_sort() -> None:
+    rows = np.random.default_rng(1).integers(-3, 4, (50, 77)).astype(f32)
+    for sparsity in (0.1, 0.33, 0.5, 0.9):
+        keep = np.ones(rows.shape, bool)
+        order = np.argsort(np.abs(rows), axis=1, kind="stable")
+        np.put_along_axis(keep, order[:, : math.floor(77 * sparsity + 0.5)], False, axis=1)
+        assert np.array_equal(magnitude_mask(rows, sparsity), keep)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2, math.nan, math.inf])
+def test_sparsity_out_of_range(sparsity: float) -> None:
+    with pytest.raises(FormatError, match=r"sparsity must be in \[0, 1\)"):
+        pack(np.ones((4, 4)), "w8a8g64_sp", sparsity)
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if not f.asymmetric])
+def test_pruned_weights_are_zero_in_every_format_that_can_hold_them(name: str) -> None:
+    fmt = get_format(name)
+    weight = np.random.default_rng(2).standard_normal((6, 100), f32)
+    rounded = fmt.dequantize(pack(weight, name, 0.6))
+    assert not rounded[~magnitude_mask(weight, 0.6)].any()
+
+
+@pytest.mark.parametrize("name", ["w4a8g32z", "w5a8g32z"])
+def test_asymmetric_formats_cannot_hold_pruned_weights(name: str) -> None:
+    with pytest.raises(FormatError, match="zero is not on its grid") as caught:
+        pack(np.ones((4, 4)), name, 0.5)
+    assert "w4a8g64_sp" in str(caught.value.hint)
+
+
+def test_without_sparsity_only_zeros_are_absent() -> None:
+    weight = np.random.default_rng(3).standard_normal((8, 128), f32)
+    weight[:, ::2] = 0
+    codes = get_format("w8a8g64_sp").round(weight)
+    assert ((codes.q == 128) == (np.abs(weight) < 0.01)).mean() > 0.98
+    assert (codes.q[:, ::2] == 128).all()

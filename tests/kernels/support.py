@@ -1,0 +1,60 @@
+"""Weights and activations for kernel tests: random codes with every extreme in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lacewing import _C
+from lacewing.formats import Codes, PackedTensor, get_format
+
+F32 = npt.NDArray[np.float32]
+
+
+def tensor_of(packed: PackedTensor) -> Any:
+    parts = [packed.parts[name] for name in get_format(packed.format).part_names]
+    views = [np.ascontiguousarray(p).reshape(-1).view(np.uint8) for p in parts]
+    return _C.Tensor(packed.format, *packed.shape, views)
+
+
+def random_packed(name: str, n: int, k: int, seed: int = 0) -> PackedTensor:
+    """Random codes with the extremes of the format: least and greatest code, zero and tiny scales,
+    a group of nothing but zero weights, half of a sparse tensor's weights masked."""
+    fmt = get_format(name)
+    rng = np.random.default_rng([seed, n, k])
+    if fmt.group_size == 0:
+        values = rng.standard_normal((n, k)).astype(np.float32).view(np.uint32) >> 16
+        return fmt.pack(Codes(values.astype(np.uint16)))
+    top = (1 << fmt.weight_bits) - 1
+    q = rng.integers(0, top + 1, (n, k)).astype(np.uint8)
+    q[0] = np.where(np.arange(k) % 2, top, 0)
+    q[-1] = top
+    q[n // 2] = 0
+    if fmt.sparse:
+        q[rng.random((n, k)) < 0.5] = fmt.zero_point
+        q[:, : fmt.group_size] = fmt.zero_point  # a tile with nothing in it
+        q[0, -1] = top
+    groups = -(-k // fmt.group_size)
+    scales = rng.standard_normal((n, groups)).astype(np.float16)
+    scales[0, 0], scales[-1, -1] = 0.0, 6e-8
+    mins = rng.standard_normal((n, groups)).astype(np.float16) if fmt.asymmetric else None
+    return fmt.pack(Codes(q, scales, mins))
+
+
+def random_rows(m: int, k: int, seed: int = 0) -> F32:
+    """Activations with a zero row, a zero group, and rows of the greatest quantized values."""
+    rng = np.random.default_rng([seed, m, k])
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    x[:, 32:64] *= np.float32(100.0)
+    if m > 1:
+        x[1] = 0.0
+    if m > 2:
+        x[2] = np.where(rng.random(k) < 0.5, -3.0, 3.0)
+        x[2, :32] = 0.0
+    if m > 3:
+        x[3] = 1e-42  # too tiny to invert: becomes zero
+    if m > 4:
+        x[4] = 5.0
+    return x

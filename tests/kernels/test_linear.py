@@ -1,0 +1,160 @@
+"""Every format x ISA x shape x thread count against the numpy oracle, bit for bit.
+
+Integer formats equal `Format.reference_linear` exactly. bf16 is held to twice the error of the
+naive computation against float64, and to the same bits on every ISA. In both the bits of a row do
+not depend on how many rows, outputs or threads are computed with it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from kernels.support import random_packed, random_rows, tensor_of
+
+from lacewing import _C
+from lacewing.formats import FORMATS, PackedTensor, get_format, quantize_rows
+
+F32 = npt.NDArray[np.float32]
+
+INTEGER = [name for name in FORMATS if name != "bf16"]
+MS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 33, 67)
+NS = (1, 16, 17, 48)
+
+
+def depths(name: str) -> tuple[int, ...]:
+    g = get_format(name).group_size or 32
+    return (1, g - 1, g, 3 * g, 5 * g + 7, 1000, 4096)
+
+
+@lru_cache(maxsize=64)
+def case(name: str, n: int, k: int) -> tuple[PackedTensor, F32, F32, F32]:
+    """A packed weight, activations, bias and the oracle's answer (without bias)."""
+    packed = random_packed(name, n, k)
+    x = random_rows(max(MS), k)
+    bias = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    return packed, x, bias, get_format(name).reference_linear(x, packed)
+
+
+def shapes(names: list[str]) -> list[tuple[str, int, int]]:
+    return [(name, n, k) for name in names for n in NS for k in depths(name)]
+
+
+def test_formats_agree_with_python() -> None:
+    assert _C.format_names() == list(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "n", "k"), shapes(INTEGER))
+def test_integer_formats_equal_the_oracle(isa: str, name: str, n: int, k: int) -> None:
+    packed, x, bias, want = case(name, n, k)
+    weight = tensor_of(packed)
+    for m in MS:
+        got = _C.linear(x[:m], weight, isa=isa, threads=1)
+        assert got.shape == (m, n) and np.array_equal(got, want[:m]), f"m={m}"
+    got = _C.linear(x, weight, bias, isa=isa, threads=1)
+    assert np.array_equal(got, want + bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_threads_do_not_change_a_bit(isa: str, name: str, threads: int) -> None:
+    packed, x, bias, _ = case(name, 48, 1000)
+    weight = tensor_of(packed)
+    for m in (1, 5, 33):
+        one = _C.linear(x[:m], weight, bias, isa="scalar", threads=1)
+        got = _C.linear(x[:m], weight, bias, isa=isa, threads=threads)
+        assert np.array_equal(got, one)
+
+
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n in NS for k in depths("bf16")])
+def test_bf16(isa: str, n: int, k: int) -> None:
+    packed, x, _, naive = case("bf16", n, k)
+    weight = tensor_of(packed)
+    values = get_format("bf16").dequantize(packed)
+    exact = x.astype(np.float64) @ values.T.astype(np.float64)
+    scalar = _C.linear(x, weight, isa="scalar", threads=1)
+    rounded = _to_bf16(x).astype(np.float64) @ values.T.astype(np.float64)
+    bound = 2 * np.abs(rounded - exact).max() + 2 * np.abs(naive - exact).max()
+    assert np.abs(scalar - exact).max() <= bound
+    for m in MS:
+        got = _C.linear(x[:m], weight, isa=isa, threads=1)
+        assert np.array_equal(got, scalar[:m]), f"m={m}"
+
+
+def _to_bf16(x: F32) -> F32:
+    bits = x.view(np.uint32)
+    rounded: F32 = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    return rounded
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 17])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_writes_only_its_slice(isa: str, name: str, m: int) -> None:
+    """Strips 1..2 of 3, into rows with room beyond n: every other float keeps its value."""
+    n, k = 41, 200
+    packed = random_packed(name, n, k)
+    x = random_rows(m, k)
+    want = _C.linear(x, tensor_of(packed), isa="scalar", threads=1)
+    for begin, end in ((0, 1), (1, 2), (1, 3), (2, 3), (0, 3)):
+        y = np.full((m, n + 11), 777.0, np.float32)
+        _C.linear_into(x, tensor_of(packed), y, strips=(begin, end), isa=isa)
+        first, last = 16 * begin, min(16 * end, n)
+        assert np.array_equal(y[:, first:last], want[:, first:last])
+        assert (y[:, :first] == 777.0).all() and (y[:, last:] == 777.0).all()
+
+
+@pytest.mark.parametrize("m", [1, 4, 19])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_accumulates(isa: str, name: str, m: int) -> None:
+    """y = y + (acc + bias), in this order of roundings."""
+    n, k = 33, 1088
+    packed = random_packed(name, n, k)
+    x, bias = random_rows(m, k), random_rows(1, n)[0]
+    y = random_rows(m, n, seed=1)
+    want = y + _C.linear(x, tensor_of(packed), bias, isa="scalar", threads=1)
+    _C.linear_into(x, tensor_of(packed), y, bias=bias, accumulate=True, isa=isa)
+    assert np.array_equal(y, want)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_gather_rows(isa: str, name: str) -> None:
+    n, k = 41, 201
+    packed = random_packed(name, n, k)
+    values = get_format(name).dequantize(packed)
+    ids = np.array([0, 40, 16, 15, 16, 33], np.int32)
+    assert np.array_equal(_C.gather_rows(tensor_of(packed), ids, isa=isa), values[ids])
+    assert _C.gather_rows(tensor_of(packed), ids[:0], isa=isa).shape == (0, k)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("k", [1, 31, 32, 64, 100, 576])
+def test_quantize_rows(isa: str, group: int, k: int) -> None:
+    for m in (1, 2, 8, 19):
+        x = random_rows(m, k)
+        for got, want in zip(
+            _C.quantize_rows(x, group, isa=isa), quantize_rows(x, group), strict=True
+        ):
+            assert got.dtype == want.dtype and np.array_equal(got, want)
+
+
+def test_large_prefill(isa: str) -> None:
+    """More rows than any driver's panel, and a depth of several panels."""
+    for name in FORMATS:
+        n, k, m = 80, 1600, 300
+        packed = random_packed(name, n, k)
+        x = random_rows(m, k)
+        rows = [0, 1, 2, 3, 4, 127, 128, 255, 256, 299]
+        want = _C.linear(x[rows], tensor_of(packed), isa="scalar", threads=1)
+        assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa)[rows], want), name
+
+
+def test_many_strips(isa: str) -> None:
+    """More strips than any driver's panel of outputs."""
+    for name in FORMATS:
+        n, k, m = 1100, 64, 20
+        packed = random_packed(name, n, k)
+        x = random_rows(m, k)
+        want = _C.linear(x, tensor_of(packed), isa="scalar", threads=1)
+        assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa, threads=1), want), name
