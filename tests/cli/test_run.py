@@ -225,6 +225,18 @@ class Screen:
         head, self.seen = self.seen.split(text, 1)
         return head + text
 
+    def wait_for_prompt(self) -> None:
+        """Until the command waits for keys. CPython's readline shows the prompt a moment before it
+        waits, and notices a signal that comes in between only with the next key."""
+        self.wait_for("> ")
+        status = Path(f"/proc/{self.pid}/task/{self.pid}/stat")
+        end = time.monotonic() + 60
+        asleep = 0
+        while asleep < 5:
+            assert time.monotonic() < end, "the command does not come to rest at its prompt"
+            asleep = asleep + 1 if status.read_text().rpartition(")")[2].split()[0] == "S" else 0
+            time.sleep(0.01)
+
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
@@ -241,24 +253,24 @@ class Screen:
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(smollm2_gguf: Path) -> None:
     screen = Screen("run", smollm2_gguf, "--max-tokens", "3000")
-    screen.wait_for("> ")
+    screen.wait_for_prompt()
     for story in ("moon", "sea"):
         screen.type(f"Write a very long story of the {story}.\r")
         screen.wait_for(f"{story}.\r\n")
         screen.wait_for(" ")  # the first words are there, thousands are to come
         screen.type("\x03")
         screen.wait_for("(stopped)")
-        screen.wait_for("> ")
+        screen.wait_for_prompt()
     screen.type("\x03")
     screen.wait_for("/exit")
-    screen.wait_for("> ")
+    screen.wait_for_prompt()
     screen.type("/exit\r")
     assert screen.end() == 0
 
 
 def test_ctrl_d_ends(tiny_gguf: Path) -> None:
     screen = Screen("run", tiny_gguf)
-    screen.wait_for("> ")
+    screen.wait_for_prompt()
     screen.type("\x04")
     assert screen.end() == 0
 
