@@ -14,7 +14,7 @@ from lacewing.cli.probe import random_codes
 from lacewing.native import compiled, tensor
 
 # A weight is multiplied through enough copies of itself that no cache holds them all.
-WORKING_SET = 256 << 20
+WORKING_SET = 640 << 20
 
 
 @dataclass(frozen=True)
