@@ -65,8 +65,8 @@ void init_tensor(Tensor* self, const std::string& format, int64_t n, int64_t k,
 
 // ---- linear
 
-// Memory that one call leaves to the next of its thread: fresh pages, or zeroing old ones, would cost
-// more than a small product. Only what is unusually large is given back.
+// Memory that one call leaves to the next of its thread: fresh pages, or zeroing old ones, would
+// cost more than a small product. Only what is unusually large is given back.
 class Workspace {
  public:
   // At least `bytes` of anything, 64-byte aligned, until the next call of `take`.
