@@ -3,6 +3,8 @@
 // every output keeps the order of additions that gemv has. No format, no ISA here.
 #pragma once
 
+#include <type_traits>
+
 #include "drivers/arithmetic.h"
 #include "drivers/output.h"
 #include "formats/traits.h"
@@ -17,9 +19,12 @@ inline constexpr int64_t kFloatDepth = 256;
 
 // The caller's scratch, cut up.
 struct GemmScratch {
-  alignas(64) float sums[kStripPanel][kRowPanel][kStrip];  // 64 KB
-  alignas(64) uint8_t x[kRowPanel * kDepth * 2];           // 128 KB
-  alignas(64) uint8_t codes[kDepth / 4 * 128];             // 16 KB
+  union {  // 64 KB
+    alignas(64) float sums[kStripPanel][kRowPanel][kStrip];
+    alignas(64) int32_t dots[kStripPanel][kRowPanel][kStrip];  // one scale per row
+  };
+  alignas(64) uint8_t x[kRowPanel * kDepth * 2];  // 128 KB
+  alignas(64) uint8_t codes[kDepth / 4 * 128];    // 16 KB
   alignas(64) float scales[kDepth / 32][kStrip];
   alignas(64) float minima[kDepth / 32][kStrip];
 };
@@ -35,11 +40,24 @@ LW_INLINE void keep_in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : 
 
 // Equal depths of at most `limit`, each a multiple of `unit`.
 LW_INLINE int64_t even_depth(int64_t k_pad, int64_t limit, int64_t unit) {
-  const int64_t count = (k_pad + limit - 1) / limit;
-  return round_up((k_pad + count - 1) / count, unit);
+  const int64_t units = k_pad / unit, most = limit / unit;
+  const int64_t count = (units + most - 1) / most;
+  return (units + count - 1) / count * unit;
 }
 
 // ---- integers
+
+// What stays in scratch between depths: with one scale per row the integers, else the outputs.
+template <class F>
+using Sum = std::conditional_t<F::kRowScale, int32_t, float>;
+
+template <class F>
+LW_INLINE Sum<F> (*sums_of(GemmScratch& t, int64_t strip))[kStrip] {
+  if constexpr (F::kRowScale)
+    return t.dots[strip];
+  else
+    return t.sums[strip];
+}
 
 // `groups` groups of the strip at the cursor into the panel.
 template <class S, class F>
@@ -47,7 +65,7 @@ void fill_panel(GemmScratch& t, typename F::Cursor& c, int64_t groups) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   uint8_t* p = t.codes;
   for (int64_t j = 0; j < groups; ++j) {
-    S::store(t.scales[j], F::template scale<S>(c));
+    if constexpr (!F::kRowScale) S::store(t.scales[j], F::template scale<S>(c));
     if constexpr (F::kHasMin) S::store(t.minima[j], F::template minimum<S>(c));
     F::template group<S>(
         c, [&](int b, typename S::U8x64 w)
@@ -56,20 +74,23 @@ void fill_panel(GemmScratch& t, typename F::Cursor& c, int64_t groups) {
   }
 }
 
-// R of the `lanes` rows of a block times the panel, onto their sums.
+// R of the `lanes` rows of a block times the panel, onto their sums. With one scale per row `sumx`
+// is the row's at the first depth and 0 at the others.
 template <class S, class F, int R>
 __attribute__((noinline)) void multiply_panel(const GemmScratch& t, int64_t groups,
                                               const uint8_t* x, const float* sx,
                                               const int32_t* sumx, int lanes,
-                                              float (*sums)[kStrip]) {
+                                              Sum<F> (*sums)[kStrip]) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   constexpr int kBlocks = F::kGroup / 4;
   constexpr int kRun = kBlocks < Dot::kSteps ? kBlocks : Dot::kSteps;
   const uint8_t* w = t.codes;
+  typename Dot::Acc dot[R];
   for (int64_t j = 0; j < groups; ++j) {
-    typename Dot::Acc dot[R];
+    if (!F::kRowScale || j == 0) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) dot[r] = Dot::init(sumx[r]);
+      for (int r = 0; r < R; ++r) dot[r] = Dot::init(sumx[r]);
+    }
     for (int run = 0; run < kBlocks; run += kRun) {
 #pragma GCC unroll 2
       for (int b = 0; b < kRun; ++b) {
@@ -85,23 +106,30 @@ __attribute__((noinline)) void multiply_panel(const GemmScratch& t, int64_t grou
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) Dot::flush(dot[r]);
     }
-    const auto sw = S::load(t.scales[j]);
-    auto mw = sw;
-    if constexpr (F::kHasMin) mw = S::load(t.minima[j]);
+    if constexpr (!F::kRowScale) {
+      const auto sw = S::load(t.scales[j]);
+      auto mw = sw;
+      if constexpr (F::kHasMin) mw = S::load(t.minima[j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        S::store(sums[r], add_group<S, F>(S::load(sums[r]), Dot::finish(dot[r], sumx[r]), sw, mw,
+                                          sx[r], sumx[r]));
+      sx += lanes;
+      sumx += lanes;
+      keep_in_memory(sums);  // or the compiler spills the integer sums to keep these in registers
+    }
+  }
+  if constexpr (F::kRowScale) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-      S::store(sums[r], add_group<S, F>(S::load(sums[r]), Dot::finish(dot[r], sumx[r]), sw, mw,
-                                        sx[r], sumx[r]));
-    sx += lanes;
-    sumx += lanes;
-    keep_in_memory(sums);  // or the compiler spills the integer sums to keep these in registers
+      S::store_i32(sums[r], S::add_i32(S::load_i32(sums[r]), Dot::finish(dot[r], sumx[r])));
   }
 }
 
 // All lanes of one block of rows: kPanelRows at a time, then what is left.
 template <class S, class F>
 void multiply_block(const GemmScratch& t, int64_t groups, const uint8_t* x, const float* sx,
-                    const int32_t* sumx, int lanes, float (*sums)[kStrip]) {
+                    const int32_t* sumx, int lanes, Sum<F> (*sums)[kStrip]) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   int r = 0;
   const auto take = [&](auto multiply, int rows) __attribute__((always_inline)) {
@@ -131,10 +159,11 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
   const Rows& x = *a.x;
   const int64_t all_groups = x.k_pad / F::kGroup;
   const int64_t step = even_depth(x.k_pad, kDepth, F::kGroup) / F::kGroup;
+  constexpr int32_t kNone[kRowBlock] = {};
   typename F::Cursor cursors[kStripPanel];
   for (int64_t s = begin; s < end; ++s) {
     cursors[s - begin] = F::open(*a.w, s);
-    for (int64_t r = 0; r < count; ++r) S::store(t.sums[s - begin][r], S::zero());
+    __builtin_memset(sums_of<F>(t, s - begin), 0, sizeof(float[kStrip]) * count);
   }
   for (int64_t g = 0; g < all_groups; g += step) {
     const int64_t groups = step < all_groups - g ? step : all_groups - g;
@@ -149,17 +178,26 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
       fill_panel<S, F>(t, cursors[s - begin], groups);
       for (int64_t r = 0; r < count; r += kRowBlock) {
         const int lanes = x.rows_in((first + r) / kRowBlock);
-        const int64_t at = (first + r) * all_groups + g * lanes;
+        const int64_t at = (first + r) * (F::kRowScale ? 1 : all_groups) + g * lanes;
+        const float* sx = F::kRowScale ? nullptr : x.scale + at;
+        const int32_t* sumx = F::kRowScale && g > 0 ? kNone : x.sum + at;
         const uint8_t* px = Dot::kXBytes != 4 ? t.x + r * groups * F::kGroup * 2
                                               : reinterpret_cast<const uint8_t*>(x.q) +
                                                     (first + r) * x.k_pad + g * F::kGroup * lanes;
-        multiply_block<S, F>(t, groups, px, x.scale + at, x.sum + at, lanes, t.sums[s - begin] + r);
+        multiply_block<S, F>(t, groups, px, sx, sumx, lanes, sums_of<F>(t, s - begin) + r);
       }
     }
   }
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t s = begin; s < end; ++s)
-      write_outputs<S>(a, s, first + r, S::load(t.sums[s - begin][r]));
+    for (int64_t s = begin; s < end; ++s) {
+      if constexpr (F::kRowScale)
+        write_outputs<S>(
+            a, s, first + r,
+            scale_row<S, F>(S::load_i32(t.dots[s - begin][r]),
+                            F::template scale<S>(cursors[s - begin]), x.scale[first + r]));
+      else
+        write_outputs<S>(a, s, first + r, S::load(t.sums[s - begin][r]));
+    }
 }
 
 // ---- floats
