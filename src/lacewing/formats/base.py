@@ -341,7 +341,9 @@ class Format(ABC):
         exact here in any order: all partial sums are below 128 * 128 * 127 < 2^24, and those of
         rows below 2^31, in float64."""
         exact = np.float64 if self.group_size == ROW else np.float32
-        w = codes.astype(exact) * exact(self.code_step) - exact(self.zero_point)
+        w: Any = codes.astype(exact)
+        w *= self.code_step
+        w -= self.zero_point
         dots: F32 = (q.astype(exact) @ w.T).astype(np.float32, copy=False)
         return dots
 

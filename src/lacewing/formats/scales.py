@@ -13,8 +13,8 @@ as a share of that of `scale = max|w| / 7`:
 (0.702 for Gaussian weights is a relative error ‖w - w'‖ / ‖w‖ of 8.1 %, against 9.7 %. SmolLM2's
 weights were on grids of 8 and 4 bits before. Groups of 64: 0.707, 0.707, 0.699, 0.658.)
 
-3 bits: the same search with five candidates; share of max|w| / 3 (groups of 64) 0.547 (Gaussian)
-and 0.454 (Laplace). 2 bits: four candidates on the levels -3, -1, 1, 3 instead of -2 .. 1. Relative
+3 bits: the same search with five candidates; share of max|w| / 3 (groups of 64) 0.497 (Gaussian)
+and 0.493 (Laplace). 2 bits: four candidates on the levels -3, -1, 1, 3 instead of -2 .. 1. Relative
 error ‖w - w'‖ / ‖w‖ by groups of 64, best scale of each:
 
                          Gaussian   Laplace   SmolLM2's up_proj   its down_proj   its q_proj
