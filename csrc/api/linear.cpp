@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -202,9 +204,13 @@ nb::tuple plain_rows(const Rows& rows) {
 }
 
 nb::object quantize(const Floats2& x, int group, const Isa& isa) {
-  require(group == 32 || group == 64, "quantize_rows: group must be 32 or 64, got " + str(group));
+  const FormatInfo* found =
+      std::find_if(std::begin(kFormatInfo), std::end(kFormatInfo),
+                   [&](const FormatInfo& format) { return group > 0 && format.group == group; });
+  require(found != std::end(kFormatInfo),
+          "quantize_rows: group must be 32, 64, 128 or 131072 (the whole row), got " + str(group));
   const KernelTable& table = table_of(isa);
-  const FormatInfo& info = kFormatInfo[format_index(group == 32 ? "w8a8g32" : "w8a8g64")];
+  const FormatInfo& info = *found;
   const int64_t m = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
   require(k > 0, "quantize_rows: x must have at least 1 column");
   Memory memory(rows_bytes(info, m, k));

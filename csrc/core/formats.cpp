@@ -25,8 +25,11 @@ const char* validate_shape(const PackedTensor& w) {
 template <class F>
 const char* validate_dense(const PackedTensor& w) {
   if (const char* error = validate_shape(w)) return error;
-  const uint64_t tiles = static_cast<uint64_t>(w.strips()) * (k_pad<F>(w.k) / F::kPad);
+  if (F::kRowScale && w.k > kRowGroup) return "with one scale per row k must be at most 131072";
+  const uint64_t strips = static_cast<uint64_t>(w.strips());
   for (int p = 0; p < F::kParts; ++p) {
+    const bool once = F::kRowScale && p == 1;  // the scales: one tile per strip
+    const uint64_t tiles = once ? strips : strips * (k_pad<F>(w.k) / F::kPad);
     if (w.part_bytes[p] % F::kTileBytes[p] || w.part_bytes[p] / F::kTileBytes[p] != tiles)
       return p == 0 ? "the first part's size does not fit the shape"
                     : "the second part's size does not fit the shape";
@@ -97,8 +100,8 @@ constexpr auto validator() {
 
 template <class F>
 constexpr FormatInfo info(const char* name) {
-  return {name,          F::kGroup, k_pad<F>, F::kParts, {F::kPartNames[0], F::kPartNames[1]},
-          validator<F>()};
+  return {name,      F::kRowScale ? kRowGroup : F::kGroup, k_pad<F>,
+          F::kParts, {F::kPartNames[0], F::kPartNames[1]}, validator<F>()};
 }
 
 }  // namespace

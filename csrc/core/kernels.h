@@ -79,7 +79,7 @@ struct KernelTable {
 // What a format's header states about itself, independent of the ISA (core/formats.cpp).
 struct FormatInfo {
   const char* name;
-  int group;  // activation group; 0: float activations
+  int group;  // activation group; kRowGroup: the whole row; 0: float activations
   int64_t (*k_pad)(int64_t k);
   int parts;
   const char* part_names[kMaxParts];

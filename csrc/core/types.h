@@ -11,14 +11,22 @@ inline constexpr int kStrip = 16;
 // Rows of activations interleaved in one block of `Rows` (the last block holds what is left).
 inline constexpr int kRowBlock = 8;
 inline constexpr int kMaxParts = 2;
+// The activation group of formats with one scale per row: as long as the longest row they hold. Up
+// to there the sum of a row is exact in int32: 128 * 127 * 2^17 < 2^31.
+inline constexpr int kRowGroup = 1 << 17;
 
 // Every weight format: X(name in manifests, C++ decoder type). One line registers a format.
 #define LACEWING_FORMATS(X) \
   X("bf16", Bf16)           \
+  X("w8a8", W8row)          \
   X("w8a8g32", W8<32>)      \
   X("w8a8g64", W8<64>)      \
   X("w4a8g32", W4<32>)      \
   X("w4a8g64", W4<64>)      \
+  X("w4a8g128", W4<128>)    \
+  X("w3a8g64", W3<64>)      \
+  X("w2a8g64", W2<64>)      \
+  X("w1.6a8", Ternary)      \
   X("w4a8g32z", W4z<32>)    \
   X("w5a8g32z", W5z<32>)    \
   X("w8a8g64_sp", W8sp<64>) \
@@ -48,7 +56,7 @@ struct PackedTensor {
 // Padding columns (k..k_pad) are zero.
 struct Rows {
   int64_t m, k_pad;
-  int group;  // 0: floats
+  int64_t group;  // inputs that share a scale, at most k_pad; 0: floats
   int8_t* q;
   float* scale;
   int32_t* sum;

@@ -18,5 +18,11 @@ LW_INLINE typename S::F32x16 add_group(typename S::F32x16 acc, typename S::I32x1
   return S::add(acc, S::add(product, offset));
 }
 
+// The one step of a format with one scale per row: 0 + float(dot) * (sw * sx)
+template <class S, class F>
+LW_INLINE typename S::F32x16 scale_row(typename S::I32x16 dot, typename S::F32x16 sw, float sx) {
+  return add_group<S, F>(S::zero(), dot, sw, sw, sx, 0);
+}
+
 }  // namespace
 }  // namespace lacewing

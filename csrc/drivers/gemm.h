@@ -3,6 +3,8 @@
 // every output keeps the order of additions that gemv has. No format, no ISA here.
 #pragma once
 
+#include <type_traits>
+
 #include "drivers/arithmetic.h"
 #include "drivers/output.h"
 #include "formats/traits.h"
@@ -16,7 +18,9 @@ inline constexpr int64_t kDepth = 512;     // inputs decoded at once
 inline constexpr int64_t kFloatDepth = 256;
 inline constexpr int kMaxPanelStrips = 2;
 
-using Sums = float[kRowPanel][kStrip];  // of one strip
+// Of one strip, between depths: the outputs, or the integers where a row has one scale.
+template <class F>
+using Sums = std::conditional_t<F::kRowScale, int32_t, float>[kRowPanel][kStrip];
 
 // A depth of one strip, decoded.
 struct Panel {
@@ -27,16 +31,17 @@ struct Panel {
 
 // The caller's scratch, cut up.
 struct GemmScratch {
-  alignas(64) Sums sums[kStripPanel];             // 64 KB
-  alignas(64) uint8_t x[kRowPanel * kDepth * 2];  // 128 KB
+  alignas(64) uint8_t sums[kStripPanel * kRowPanel * kStrip * 4];  // 64 KB, Sums<F>[kStripPanel]
+  alignas(64) uint8_t x[kRowPanel * kDepth * 2];                   // 128 KB
   Panel panels[kMaxPanelStrips];
 };
 static_assert(sizeof(GemmScratch) <= kLinearScratch);
 
+using FloatSums = float[kRowPanel][kStrip];
 using Values = float[kFloatDepth / 2][kStrip];
 
 struct FloatScratch {
-  alignas(64) Sums sums[2][kStripPanel];           // even and odd chains, 128 KB
+  alignas(64) FloatSums sums[2][kStripPanel];      // even and odd chains, 128 KB
   alignas(64) Values values[kMaxPanelStrips * 2];  // 32 KB: [chain][strip]
 };
 static_assert(sizeof(FloatScratch) <= kLinearScratch);
@@ -45,8 +50,9 @@ LW_INLINE void keep_in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : 
 
 // Equal depths of at most `limit`, each a multiple of `unit`.
 LW_INLINE int64_t even_depth(int64_t k_pad, int64_t limit, int64_t unit) {
-  const int64_t count = (k_pad + limit - 1) / limit;
-  return round_up((k_pad + count - 1) / count, unit);
+  const int64_t units = k_pad / unit, most = limit / unit;
+  const int64_t count = (units + most - 1) / most;
+  return (units + count - 1) / count * unit;
 }
 
 // ---- integers
@@ -57,7 +63,7 @@ void fill_panel(Panel& panel, typename F::Cursor& c, int64_t groups) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   uint8_t* p = panel.codes;
   for (int64_t j = 0; j < groups; ++j) {
-    S::store(panel.scales[j], F::template scale<S>(c));
+    if constexpr (!F::kRowScale) S::store(panel.scales[j], F::template scale<S>(c));
     if constexpr (F::kHasMin) S::store(panel.minima[j], F::template minimum<S>(c));
     F::template group<S>(
         c, [&](int b, typename S::U8x64 w)
@@ -67,6 +73,7 @@ void fill_panel(Panel& panel, typename F::Cursor& c, int64_t groups) {
 }
 
 // What a row block has in common for all strips: `lanes` rows interleaved, from one of them on.
+// With one scale per row `sum` is the row's at the first depth and 0 at the others.
 struct PanelRows {
   const uint8_t* x;
   const float* scale;
@@ -78,18 +85,20 @@ struct PanelRows {
 // products, a load of codes R.
 template <class S, class F, int T, int R>
 __attribute__((noinline)) void multiply_panel(const Panel* panels, int64_t groups, PanelRows rows,
-                                              Sums* sums, int64_t row) {
+                                              Sums<F>* sums, int64_t row) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   constexpr int kBlocks = F::kGroup / 4;
   constexpr int kRun = kBlocks < Dot::kSteps ? kBlocks : Dot::kSteps;
   const uint8_t* w = panels[0].codes;
   constexpr int64_t kNext = sizeof(Panel);  // from one strip's codes to the next one's
+  typename Dot::Acc dot[T][R];
   for (int64_t j = 0; j < groups; ++j) {
-    typename Dot::Acc dot[T][R];
+    if (!F::kRowScale || j == 0) {
 #pragma GCC unroll 2
-    for (int i = 0; i < T; ++i)
+      for (int i = 0; i < T; ++i)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) dot[i][r] = Dot::init(rows.sum[r]);
+        for (int r = 0; r < R; ++r) dot[i][r] = Dot::init(rows.sum[r]);
+    }
     for (int run = 0; run < kBlocks; run += kRun) {
 #pragma GCC unroll 2
       for (int b = 0; b < kRun; ++b) {
@@ -112,26 +121,37 @@ __attribute__((noinline)) void multiply_panel(const Panel* panels, int64_t group
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) Dot::flush(dot[i][r]);
     }
+    if constexpr (!F::kRowScale) {
 #pragma GCC unroll 2
-    for (int i = 0; i < T; ++i) {
-      const auto sw = S::load(panels[i].scales[j]);
-      auto mw = sw;
-      if constexpr (F::kHasMin) mw = S::load(panels[i].minima[j]);
-      float(*sum)[kStrip] = sums[i] + row;
+      for (int i = 0; i < T; ++i) {
+        const auto sw = S::load(panels[i].scales[j]);
+        auto mw = sw;
+        if constexpr (F::kHasMin) mw = S::load(panels[i].minima[j]);
+        float(*sum)[kStrip] = sums[i] + row;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        S::store(sum[r], add_group<S, F>(S::load(sum[r]), Dot::finish(dot[i][r], rows.sum[r]), sw,
-                                         mw, rows.scale[r], rows.sum[r]));
+        for (int r = 0; r < R; ++r)
+          S::store(sum[r], add_group<S, F>(S::load(sum[r]), Dot::finish(dot[i][r], rows.sum[r]), sw,
+                                           mw, rows.scale[r], rows.sum[r]));
+      }
+      rows.scale += rows.lanes;
+      rows.sum += rows.lanes;
+      keep_in_memory(sums);  // or the compiler spills the integer sums to keep these in registers
     }
-    rows.scale += rows.lanes;
-    rows.sum += rows.lanes;
-    keep_in_memory(sums);  // or the compiler spills the integer sums to keep these in registers
+  }
+  if constexpr (F::kRowScale) {
+#pragma GCC unroll 2
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t* sum = sums[i][row + r];
+        S::store_i32(sum, S::add_i32(S::load_i32(sum), Dot::finish(dot[i][r], rows.sum[r])));
+      }
   }
 }
 
 // All lanes of one block of rows: kPanelRows at a time, then what is left.
 template <class S, class F, int T>
-void multiply_block(const Panel* panels, int64_t groups, const PanelRows& block, Sums* sums,
+void multiply_block(const Panel* panels, int64_t groups, const PanelRows& block, Sums<F>* sums,
                     int64_t row) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   int r = 0;
@@ -161,17 +181,20 @@ void multiply_block(const Panel* panels, int64_t groups, const PanelRows& block,
 // times all rows of the panel [first, first + count).
 template <class S, class F, int T>
 void multiply_depth(const Rows& x, GemmScratch& t, int64_t first, int64_t count, int64_t g,
-                    int64_t groups, typename F::Cursor* cursors, Sums* sums) {
+                    int64_t groups, typename F::Cursor* cursors, Sums<F>* sums) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
+  constexpr int32_t kNone[kRowBlock] = {};
   const int64_t all_groups = x.k_pad / F::kGroup;
   for (int i = 0; i < T; ++i) fill_panel<S, F>(t.panels[i], cursors[i], groups);
   for (int64_t r = 0; r < count; r += kRowBlock) {
     const int lanes = x.rows_in((first + r) / kRowBlock);
-    const int64_t at = (first + r) * all_groups + g * lanes;
+    const int64_t at = (first + r) * (F::kRowScale ? 1 : all_groups) + g * lanes;
+    const float* scale = F::kRowScale ? nullptr : x.scale + at;
+    const int32_t* sum = F::kRowScale && g > 0 ? kNone : x.sum + at;
     const uint8_t* px = Dot::kXBytes != 4 ? t.x + r * groups * F::kGroup * 2
                                           : reinterpret_cast<const uint8_t*>(x.q) +
                                                 (first + r) * x.k_pad + g * F::kGroup * lanes;
-    multiply_block<S, F, T>(t.panels, groups, {px, x.scale + at, x.sum + at, lanes}, sums, r);
+    multiply_block<S, F, T>(t.panels, groups, {px, scale, sum, lanes}, sums, r);
   }
 }
 
@@ -183,10 +206,11 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
   const Rows& x = *a.x;
   const int64_t all_groups = x.k_pad / F::kGroup;
   const int64_t step = even_depth(x.k_pad, kDepth, F::kGroup) / F::kGroup;
+  auto* sums = reinterpret_cast<Sums<F>*>(t.sums);
   typename F::Cursor cursors[kStripPanel];
   for (int64_t s = begin; s < end; ++s) {
     cursors[s - begin] = F::open(*a.w, s);
-    for (int64_t r = 0; r < count; ++r) S::store(t.sums[s - begin][r], S::zero());
+    __builtin_memset(sums[s - begin], 0, sizeof(float[kStrip]) * static_cast<size_t>(count));
   }
   for (int64_t g = 0; g < all_groups; g += step) {
     const int64_t groups = step < all_groups - g ? step : all_groups - g;
@@ -199,13 +223,20 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
     }
     int64_t s = 0;
     for (; s + S::kPanelStrips <= end - begin; s += S::kPanelStrips)
-      multiply_depth<S, F, S::kPanelStrips>(x, t, first, count, g, groups, cursors + s, t.sums + s);
+      multiply_depth<S, F, S::kPanelStrips>(x, t, first, count, g, groups, cursors + s, sums + s);
     for (; s < end - begin; ++s)
-      multiply_depth<S, F, 1>(x, t, first, count, g, groups, cursors + s, t.sums + s);
+      multiply_depth<S, F, 1>(x, t, first, count, g, groups, cursors + s, sums + s);
   }
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t s = begin; s < end; ++s)
-      write_outputs<S>(a, s, first + r, S::load(t.sums[s - begin][r]));
+    for (int64_t s = begin; s < end; ++s) {
+      if constexpr (F::kRowScale)
+        write_outputs<S>(
+            a, s, first + r,
+            scale_row<S, F>(S::load_i32(sums[s - begin][r]),
+                            F::template scale<S>(cursors[s - begin]), x.scale[first + r]));
+      else
+        write_outputs<S>(a, s, first + r, S::load(sums[s - begin][r]));
+    }
 }
 
 // ---- floats
@@ -223,7 +254,7 @@ void fill_values(Values& evens, Values& odds, typename F::Cursor& c, int64_t pai
 // One chain (even or odd inputs) of R rows and T strips.
 template <class S, int T, int R>
 __attribute__((noinline)) void multiply_values(const Values* w, int64_t pairs, const float* x,
-                                               int lanes, Sums* sums, int64_t row) {
+                                               int lanes, FloatSums* sums, int64_t row) {
   typename S::F32x16 acc[T][R];
 #pragma GCC unroll 2
   for (int j = 0; j < T; ++j)
@@ -247,8 +278,8 @@ __attribute__((noinline)) void multiply_values(const Values* w, int64_t pairs, c
 }
 
 template <class S, int T>
-void multiply_float_block(const Values* w, int64_t pairs, const float* x, int lanes, Sums* sums,
-                          int64_t row) {
+void multiply_float_block(const Values* w, int64_t pairs, const float* x, int lanes,
+                          FloatSums* sums, int64_t row) {
   int r = 0;
   const auto take = [&](auto multiply, int rows) __attribute__((always_inline)) {
     multiply(w, pairs, x + 2 * r, lanes, sums, row + r);

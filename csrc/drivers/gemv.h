@@ -84,6 +84,44 @@ void gemv_streams(const LinearArgs& a, const Streams& t) {
     for (int r = 0; r < M; ++r) write_outputs<S>(a, t.first + i * t.apart, r, acc[i][r]);
 }
 
+// As `gemv_streams`, with one scale per row: the integer sums of the groups add up, and the zero
+// point of the whole row is taken off in the first of them.
+template <class S, class F, int M>
+void gemv_streams_row(const LinearArgs& a, const Streams& t) {
+  using Dot = typename S::template Dot<F::kZeroPoint, F::kMaxCode>;
+  constexpr int32_t kNone[M] = {};
+  const int count = S::kGemvStreams == 1 ? 1 : t.count;
+  const Rows& x = *a.x;
+  const int64_t groups = x.k_pad / F::kGroup;
+  typename S::I32x16 sums[S::kGemvStreams][M];
+  typename F::Cursor c[S::kGemvStreams];
+  for (int i = 0; i < count; ++i) {
+    c[i] = F::open(*a.w, t.first + i * t.apart);
+    for (int r = 0; r < M; ++r) sums[i][r] = S::set1_i32(0);
+  }
+  for (int64_t j = 0; j < groups; ++j) {
+    const int8_t* q = x.q + j * F::kGroup * M;
+    const int32_t* sumx = j == 0 ? x.sum : kNone;
+#pragma GCC unroll 1
+    for (int i = 0; i < count; ++i) {
+      typename Dot::Acc dot[M];
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) dot[r] = Dot::init(sumx[r]);
+      F::template group<S>(
+          c[i], [&](int b, typename S::U8x64 w) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int r = 0; r < M; ++r) Dot::step(dot[r], w, q + (b * M + r) * 4);
+          });
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) sums[i][r] = S::add_i32(sums[i][r], Dot::finish(dot[r], sumx[r]));
+    }
+  }
+  for (int i = 0; i < count; ++i)
+    for (int r = 0; r < M; ++r)
+      write_outputs<S>(a, t.first + i * t.apart, r,
+                       scale_row<S, F>(sums[i][r], F::template scale<S>(c[i]), x.scale[r]));
+}
+
 // Floats: two chains, even and odd inputs; `pairs` pairs of inputs at cursor c.
 template <class S, class F, int M>
 LW_INLINE void gemv_pairs(typename S::F32x16* sums, typename F::Cursor& c, const float* f,
@@ -138,6 +176,8 @@ void gemv_block(const LinearArgs& a) {
   const auto take = [&](const Streams& t) {
     if constexpr (F::kGroup == 0)
       gemv_streams_float<S, F, M>(a, t);
+    else if constexpr (F::kRowScale)
+      gemv_streams_row<S, F, M>(a, t);
     else
       gemv_streams<S, F, M>(a, t);
   };

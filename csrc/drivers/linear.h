@@ -11,6 +11,8 @@ template <class S, class F>
 constexpr int gemv_rows() {
   if constexpr (F::kGroup == 0)
     return S::kGemvFloat;
+  else if constexpr (F::kRowScale)  // sums of more rows than fit the registers are gemm's
+    return S::kGemvWide < S::kGemvBlock ? S::kGemvWide : S::kGemvBlock;
   else if constexpr (F::kMaxCode <= 31)
     return S::kGemvNarrow;
   else  // beyond one block of rows a sparse panel is as cheap as decoding into L1

@@ -113,7 +113,6 @@ class Forward::Worker {
     project(w.o, model_.shared_.heads, w.post_attention_norm);
     const float* norm = s.sandwich_norm ? w.pre_feedforward_norm : w.post_attention_norm;
     gate_up(w, normalize(m_, nullptr, norm, {&w.gate, &w.up}));
-    meet();
     project(w.down, model_.shared_.inner, w.post_feedforward_norm);
   }
 
@@ -179,14 +178,27 @@ class Forward::Worker {
     meet();
   }
 
-  // Gate, up, activation and quantization of this thread's columns, tile by tile.
+  // Gate, up, activation and quantization of this thread's columns, tile by tile. If down has one
+  // scale per row, the columns are kept as floats until all threads have theirs.
   void gate_up(const Layer& w, const Inputs& in) {
-    // 64 columns: whole groups of every grid.
-    const Range units = share((w.gate.w.strips() + 3) / 4, tid_, n_);
-    const int64_t end = std::min(units.end * 4, w.gate.w.strips());
+    // 128 columns: whole groups of every grid.
+    const Range units = share((w.gate.w.strips() + 7) / 8, tid_, n_);
+    const int64_t end = std::min(units.end * 8, w.gate.w.strips());
     const int64_t step = tile_strips(m_);
-    for (int64_t s = units.begin * 4; s < end; s += step)
+    for (int64_t s = units.begin * 8; s < end; s += step)
       gate_up_tile(w, in, {s, std::min(s + step, end)});
+    meet();
+    if (slice_columns(w.down.w)) return;
+    quantize_all(w.down, model_.shared_.activated.as<float>(), model_.shared_.inner);
+  }
+
+  // Rows of floats `[m, k]` as `reader` wants them.
+  void quantize_all(const Linear& reader, const float* rows, const RowsMemory& memory) {
+    const Rows dst = memory.place(reader.w, m_);
+    const Range mine = share_rows(m_, tid_, n_);
+    for (int64_t r = mine.begin; r < mine.end; ++r)
+      table_.quantize_row(rows + r * reader.w.k, reader.w.k, dst, r, 0, quantize_steps(dst));
+    meet();
   }
 
   void gate_up_tile(const Layer& w, const Inputs& in, Range range) {
@@ -198,12 +210,14 @@ class Forward::Worker {
     strips({&w.gate, gate, ld}, in.of(w.gate), false, range);
     strips({&w.up, up, ld}, in.of(w.up), false, range);
     const Rows dst = model_.shared_.inner.place(w.down.w, m_);
-    const int64_t group = dst.group ? dst.group : 64;
+    const int64_t group = slice_columns(w.down.w);
     for (int64_t r = 0; r < m_; ++r) {
-      float* g = gate + r * ld;
-      table_.act_mul(spec_.activation, g + first, up + r * ld + first, columns, g + first);
-      table_.quantize_row(g, w.down.w.k, dst, r, first / group,
-                          (first + columns + group - 1) / group);
+      float* g = group ? gate + r * ld : model_.shared_.activated.as<float>() + r * w.down.w.k;
+      table_.act_mul(spec_.activation, gate + r * ld + first, up + r * ld + first, columns,
+                     g + first);
+      if (group)
+        table_.quantize_row(g, w.down.w.k, dst, r, first / group,
+                            (first + columns + group - 1) / group);
     }
   }
 
@@ -254,7 +268,7 @@ class Forward::Worker {
   // The columns [begin, end) of attention's output as o_proj wants them.
   void quantize_heads(const Layer& w, int64_t row, int64_t begin, int64_t end) {
     const Rows dst = model_.shared_.heads.place(w.o.w, m_);
-    const int64_t group = dst.group ? dst.group : 64;
+    const int64_t group = slice_columns(w.o.w);
     const float* from = model_.shared_.attended.as<float>() + row * spec_.q_size();
     table_.quantize_row(from, w.o.w.k, dst, row, begin / group, (end + group - 1) / group);
   }
@@ -262,7 +276,8 @@ class Forward::Worker {
   void attention(size_t layer, const Layer& w, std::atomic<int64_t>& taken) {
     const Spec& s = spec_;
     const int64_t columns = s.group_heads() * s.head_dim;
-    const bool whole_groups = columns % 64 == 0;
+    const int64_t group = slice_columns(w.o.w);
+    const bool whole_groups = group && columns % group == 0;
     if (!chunk_->decode) {
       const Range mine = share(m_, tid_, n_);
       for (int64_t r = mine.begin; r < mine.end; ++r)
@@ -280,9 +295,7 @@ class Forward::Worker {
     }
     meet();
     if (whole_groups) return;
-    const Range mine = share_rows(m_, tid_, n_);
-    for (int64_t r = mine.begin; r < mine.end; ++r) quantize_heads(w, r, 0, s.q_size());
-    meet();
+    quantize_all(w.o, model_.shared_.attended.as<float>(), model_.shared_.heads);
   }
 
   // ---- head

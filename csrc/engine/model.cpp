@@ -32,7 +32,7 @@ int64_t private_rows(const Spec& spec) {
   return std::clamp<int64_t>(kPrivateFloats / spec.hidden_size, 1, kRowBlock);
 }
 
-int64_t tile_strips(int64_t m) { return std::max<int64_t>(8, kTileCells / m / 4 * 4); }
+int64_t tile_strips(int64_t m) { return std::max<int64_t>(8, kTileCells / m / 8 * 8); }
 
 void RowsMemory::reserve(const PackedTensor& w, int64_t m) {
   const size_t bytes = rows_bytes(kFormatInfo[w.format], m, w.k);
@@ -69,6 +69,8 @@ void Model::reserve_shared() {
       shared_.hidden.reserve(linear->w, kChunk);
     shared_.heads.reserve(layer.o.w, kChunk);
     shared_.inner.reserve(layer.down.w, kChunk);
+    if (slice_columns(layer.down.w) == 0 && shared_.activated.size() == 0)
+      shared_.activated = floats({kChunk, s.intermediate_size});
   }
   shared_.hidden.reserve(weights_.head.w, kChunk);
 }

@@ -65,11 +65,19 @@ struct StepInput {
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
-// int8 groups of 32, of 64, floats: what a linear layer may want its input to be.
-inline constexpr int kGrids = 3;
+// What a linear layer may want its input to be: floats, int8 groups of 32, 64 or 128, or int8 rows,
+// padded to 64 or to 320.
+inline constexpr int kGrids = 6;
 inline int grid_of(const PackedTensor& w) {
+  const FormatInfo& format = kFormatInfo[w.format];
+  if (format.group == 0) return 0;
+  if (format.group == kRowGroup) return format.k_pad(1) == 64 ? 4 : 5;
+  return format.group == 32 ? 1 : format.group == 64 ? 2 : 3;
+}
+// Columns of w's input that can be quantized apart from the others; 0: none.
+inline int64_t slice_columns(const PackedTensor& w) {
   const int group = kFormatInfo[w.format].group;
-  return group == 0 ? 2 : group == 32 ? 0 : 1;
+  return group == 0 ? 64 : group == kRowGroup ? 0 : group;
 }
 
 // Activations on every grid that some linear layer reads them on.
@@ -95,6 +103,7 @@ struct SharedSpace {
   Memory x;                         // [kChunk, hidden_size], the residual stream
   Memory qkv;                       // [kChunk, q_size + 2 kv_size]
   Memory attended;                  // [kChunk, q_size]
+  Memory activated;                 // [kChunk, intermediate_size], if down has one scale per row
   Memory projected;                 // [kChunk, hidden_size], sandwich_norm only
   RowsMemory hidden, heads, inner;  // inputs of q|k|v|gate|up|head, of o, of down
 };

@@ -10,6 +10,7 @@ struct Bf16 {
   static constexpr int kGroup = 0;
   static constexpr int kPad = 2;
   static constexpr bool kSparse = false;
+  static constexpr bool kRowScale = false;
   static constexpr int kParts = 1;
   static constexpr const char* kPartNames[kMaxParts] = {"values", nullptr};
   static constexpr int kTileBytes[kMaxParts] = {64, 0};  // per strip and kPad inputs

@@ -22,6 +22,7 @@ struct SparseParts {
   static constexpr int kPad = G;
   static constexpr bool kSparse = true;
   static constexpr bool kHasMin = false;
+  static constexpr bool kRowScale = false;
   static constexpr int kParts = 2;
   static constexpr const char* kPartNames[kMaxParts] = {"stream", "offsets"};
   static constexpr int kTileBytes[kMaxParts] = {0, 0};

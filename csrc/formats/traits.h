@@ -3,6 +3,7 @@
 // A decoder turns one strip (16 outputs) into 64-byte VNNI blocks and scales. It knows no loop over
 // outputs, no thread and no ISA. Its members:
 //   kGroup, kZeroPoint, kMaxCode, kHasMin, kSparse, kParts, kPartNames
+//   kRowScale                    one scale per row: kGroup is only what `group` decodes at once
 //   Cursor, open(w, strip)       a place in the strip's bytes, at its first group
 //   scale<S>(c), minimum<S>(c)   of the group at the cursor
 //   group<S>(c, f)               calls f(b, block) for the group's blocks, then moves to the next

@@ -21,6 +21,21 @@ inline typename S::F32x16 load_columns(const float* x, int64_t k, int64_t col) {
   return col + 16 <= k ? S::load(x + col) : S::load_n(x + col, col < k ? k - col : 0);
 }
 
+struct Steps {
+  float inverse, scale;  // 127 / amax, amax / 127
+};
+LW_INLINE Steps steps_of(float amax) {
+  const float inverse = 127.0f / amax;
+  if (!(inverse <= 3.402823466e38f)) return {0.0f, 0.0f};  // amax is 0 or too tiny to invert
+  return {inverse, amax / 127.0f};
+}
+
+template <class S>
+LW_INLINE typename S::I32x16 to_codes(typename S::F32x16 x, float inverse) {
+  const auto scaled = S::mul(x, S::set1(inverse));
+  return S::to_i32(S::min(S::max(scaled, S::set1(-127.0f)), S::set1(127.0f)));
+}
+
 // One group of `Chunks` x 16 columns.
 template <class S, int Chunks>
 inline void quantize_group(const float* x, int64_t k, int64_t col, int8_t* q, int rows, int lane,
@@ -32,19 +47,32 @@ inline void quantize_group(const float* x, int64_t k, int64_t col, int8_t* q, in
   auto largest = S::zero();
   for (int c = 0; c < Chunks; ++c)
     largest = S::max(S::abs(v[c]), largest);  // drops NaN: the second operand wins
-  const float amax = S::hmax(largest);
-  float inverse = 127.0f / amax;
-  const bool zero = !(inverse <= 3.402823466e38f);  // amax is 0 or too tiny to invert
-  if (zero) inverse = 0.0f;
+  const auto [inverse, step] = steps_of(S::hmax(largest));
   auto total = S::set1_i32(0);
   for (int c = 0; c < Chunks; ++c) {
-    const auto scaled = S::mul(v[c], S::set1(inverse));
-    const auto bounded = S::min(S::max(scaled, S::set1(-127.0f)), S::set1(127.0f));
-    const auto codes = S::to_i32(bounded);
+    const auto codes = to_codes<S>(v[c], inverse);
     total = S::add_i32(total, codes);
     store_interleaved<S>(q, codes, col + 16 * c, rows, lane);
   }
-  *scale = zero ? 0.0f : amax / 127.0f;
+  *scale = step;
+  *sum = S::sum_i32(total);
+}
+
+// As `quantize_group` for a group of any length, a multiple of 64: two passes over it.
+template <class S>
+void quantize_long_group(const float* x, int64_t k, int64_t col, int64_t group, int8_t* q, int rows,
+                         int lane, float* scale, int32_t* sum) {
+  auto largest = S::zero();
+  for (int64_t i = col; i < col + group; i += 16)
+    largest = S::max(S::abs(load_columns<S>(x, k, i)), largest);
+  const auto [inverse, step] = steps_of(S::hmax(largest));
+  auto total = S::set1_i32(0);
+  for (int64_t i = col; i < col + group; i += 16) {
+    const auto codes = to_codes<S>(load_columns<S>(x, k, i), inverse);
+    total = S::add_i32(total, codes);
+    store_interleaved<S>(q, codes, i, rows, lane);
+  }
+  *scale = step;
   *sum = S::sum_i32(total);
 }
 
@@ -71,12 +99,19 @@ void quantize_row(const float* x, int64_t k, const Rows& dst, int64_t r, int64_t
     interleave_floats<S>(x, k, group_begin * 64, end, dst.f + start * dst.k_pad, rows, lane);
     return;
   }
-  const auto quantize = dst.group == 32 ? quantize_group<S, 2> : quantize_group<S, 4>;
   const int64_t groups = dst.k_pad / dst.group;
   int8_t* q = dst.q + start * dst.k_pad;
   for (int64_t g = group_begin; g < group_end; ++g) {
     const int64_t at = start * groups + g * rows + lane;
-    quantize(x, k, g * dst.group, q, rows, lane, dst.scale + at, dst.sum + at);
+    const int64_t col = g * dst.group;
+    float* scale = dst.scale + at;
+    int32_t* sum = dst.sum + at;
+    if (dst.group == 32)
+      quantize_group<S, 2>(x, k, col, q, rows, lane, scale, sum);
+    else if (dst.group == 64)
+      quantize_group<S, 4>(x, k, col, q, rows, lane, scale, sum);
+    else
+      quantize_long_group<S>(x, k, col, dst.group, q, rows, lane, scale, sum);
   }
 }
 

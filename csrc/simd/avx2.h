@@ -169,6 +169,23 @@ struct Avx2 {
   static LW_INLINE U8x64 shr4_u8(U8x64 a) {
     return and_u8({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)}, 15);
   }
+  static LW_INLINE U8x64 or_u8(U8x64 a, U8x64 b) {
+    return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+  }
+  template <int Shift>
+  static LW_INLINE U8x64 shift_and(U8x64 a, uint8_t mask) {
+    if constexpr (Shift == 0) return and_u8(a, mask);
+    if constexpr (Shift < 0)
+      return and_u8({_mm256_slli_epi16(a.lo, -Shift), _mm256_slli_epi16(a.hi, -Shift)}, mask);
+    return and_u8({_mm256_srli_epi16(a.lo, Shift), _mm256_srli_epi16(a.hi, Shift)}, mask);
+  }
+  static LW_INLINE void trits(U8x64 a, U8x64 (&digits)[5]) {
+    for (U8x64& digit : digits) {
+      digit = shift_and<6>({three_quarters(a.lo), three_quarters(a.hi)}, 3);
+      a.lo = _mm256_add_epi8(_mm256_add_epi8(a.lo, a.lo), a.lo);
+      a.hi = _mm256_add_epi8(_mm256_add_epi8(a.hi, a.hi), a.hi);
+    }
+  }
   static LW_INLINE U8x64 or_mask(U8x64 a, uint64_t mask, uint8_t value) {
     const __m256i v = _mm256_set1_epi8(static_cast<char>(value));
     const __m256i lo = spread(static_cast<uint32_t>(mask));
@@ -201,6 +218,12 @@ struct Avx2 {
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }
   static LW_INLINE void prefetch_t1(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+  // Steps that i16 sums of two products can hold, at most 16: 8 for codes up to 15, 4 for 31.
+  static constexpr int narrow_steps(int max_code) {
+    const int steps = 32767 / (2 * 127 * max_code);
+    return steps < 16 ? steps : 16;
+  }
+
   // Codes up to 31: vpmaddubsw sums of two products, accumulated in i16 as long as they cannot
   // overflow, then widened. Wider codes: signed weights, |w| * sign(q, w), widened every step
   // (a pair is at most 2 * 128 * 127 < 2^15).
@@ -208,7 +231,7 @@ struct Avx2 {
   struct Dot {
     static constexpr bool kNarrow = MaxCode <= 31;
     static_assert(kNarrow || ZeroPoint == 128);
-    static constexpr int kSteps = 32767 / (2 * 127 * MaxCode);  // 8 for 15, 4 for 31
+    static constexpr int kSteps = narrow_steps(MaxCode);
     struct Acc {
       I32x16 sum;
       __m256i lo, hi;  // i16 pairs
@@ -254,7 +277,7 @@ struct Avx2 {
   // products per port of the sign trick.
   template <int ZeroPoint, int MaxCode, bool Narrow = MaxCode <= 31>
   struct PanelDot {
-    static constexpr int kBlockBytes = 64, kXBytes = 4, kSteps = 32767 / (2 * 127 * MaxCode);
+    static constexpr int kBlockBytes = 64, kXBytes = 4, kSteps = narrow_steps(MaxCode);
     struct Acc {
       I32x16 sum;
       __m256i lo, hi;
@@ -352,9 +375,7 @@ struct Avx2 {
   template <int ZeroPoint>
   static LW_INLINE I32x16 subtract_zero(I32x16 a, int32_t sumx) {
     if constexpr (ZeroPoint == 0) return a;
-    constexpr int kShift = __builtin_ctz(ZeroPoint | 1 << 30);
-    static_assert(ZeroPoint == 0 || ZeroPoint == 1 << kShift);
-    const __m256i z = _mm256_slli_epi32(_mm256_set1_epi32(sumx), kShift);
+    const __m256i z = _mm256_set1_epi32(ZeroPoint * sumx);
     return {_mm256_sub_epi32(a.lo, z), _mm256_sub_epi32(a.hi, z)};
   }
   // Lanes 0..n-1 of 8 (n may be out of 0..8).
@@ -369,6 +390,11 @@ struct Avx2 {
     const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(m)), which);
     return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+  }
+  // 3a / 4: its upper two bits are 3a / 256. Averages round up, hence 1 less before.
+  static LW_INLINE __m256i three_quarters(__m256i a) {
+    a = _mm256_subs_epu8(a, _mm256_set1_epi8(1));
+    return _mm256_avg_epu8(a, _mm256_avg_epu8(a, _mm256_setzero_si256()));
   }
   // Expansion by vpshufb, 16 bytes at a time. Codes are xor-ed with `fill` on both sides of the
   // shuffle, because what the shuffle leaves out is zero. (pdep costs as many uops and a trip

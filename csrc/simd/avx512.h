@@ -9,6 +9,24 @@
 namespace lacewing {
 namespace {
 
+// The last four of the five base-3 digits of a / 256, two bits each.
+struct TritTable {
+  uint8_t last[256];
+};
+constexpr TritTable make_trit_table() {
+  TritTable t{};
+  for (int a = 0; a < 256; ++a) {
+    int rest = 3 * a & 255, digits = 0;
+    for (int j = 0; j < 4; ++j) {
+      digits |= (3 * rest >> 8) << 2 * j;
+      rest = 3 * rest & 255;
+    }
+    t.last[a] = static_cast<uint8_t>(digits);
+  }
+  return t;
+}
+alignas(64) constexpr TritTable kTrits = make_trit_table();
+
 struct Avx512 {
   static constexpr const char* kName = "avx512";
 
@@ -95,6 +113,27 @@ struct Avx512 {
   static LW_INLINE U8x64 and_u8(U8x64 a, uint8_t c) { return {_mm512_and_si512(a.v, set1_u8(c))}; }
   static LW_INLINE U8x64 shr4_u8(U8x64 a) {
     return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), set1_u8(15))};
+  }
+  static LW_INLINE U8x64 or_u8(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+  template <int Shift>
+  static LW_INLINE U8x64 shift_and(U8x64 a, uint8_t mask) {
+    if constexpr (Shift == 0) return and_u8(a, mask);
+    if constexpr (Shift < 0) return and_u8({_mm512_slli_epi16(a.v, -Shift)}, mask);
+    return and_u8({_mm512_srli_epi16(a.v, Shift)}, mask);
+  }
+  // The first digit as in avx2.h, the others from the table.
+  static LW_INLINE void trits(U8x64 a, U8x64 (&digits)[5]) {
+    const __m512i less = _mm512_subs_epu8(a.v, set1_u8(1));
+    const __m512i half = _mm512_avg_epu8(less, _mm512_setzero_si512());
+    digits[0] = shift_and<6>({_mm512_avg_epu8(less, half)}, 3);
+    const __m512i* table = reinterpret_cast<const __m512i*>(kTrits.last);
+    const __m512i low = _mm512_permutex2var_epi8(table[0], a.v, table[1]);
+    const __m512i high = _mm512_permutex2var_epi8(table[2], a.v, table[3]);
+    const U8x64 last = {_mm512_mask_blend_epi8(_mm512_movepi8_mask(a.v), low, high)};
+    digits[1] = shift_and<0>(last, 3);
+    digits[2] = shift_and<2>(last, 3);
+    digits[3] = shift_and<4>(last, 3);
+    digits[4] = shift_and<6>(last, 3);
   }
   static LW_INLINE U8x64 or_mask(U8x64 a, uint64_t mask, uint8_t value) {
     return {_mm512_or_si512(a.v, _mm512_maskz_mov_epi8(mask, set1_u8(value)))};

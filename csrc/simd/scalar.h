@@ -166,6 +166,21 @@ struct Scalar {
   static LW_INLINE U8x64 shr4_u8(U8x64 a) {
     return map_u8([&](int i) { return a.v[i] >> 4; });
   }
+  static LW_INLINE U8x64 or_u8(U8x64 a, U8x64 b) {
+    return map_u8([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  // (a >> Shift) & mask, or << of the negative; the mask keeps nothing that another byte shifts in.
+  template <int Shift>
+  static LW_INLINE U8x64 shift_and(U8x64 a, uint8_t mask) {
+    return map_u8([&](int i) { return (Shift < 0 ? a.v[i] << -Shift : a.v[i] >> Shift) & mask; });
+  }
+  // The five digits, in base 3, of the fractions a / 256 (see `Ternary`).
+  static LW_INLINE void trits(U8x64 a, U8x64 (&digits)[5]) {
+    for (U8x64& digit : digits) {
+      digit = map_u8([&](int i) { return 3 * a.v[i] >> 8; });
+      a = map_u8([&](int i) { return 3 * a.v[i]; });
+    }
+  }
   // value is or-ed into the bytes whose mask bit is set.
   static LW_INLINE U8x64 or_mask(U8x64 a, uint64_t mask, uint8_t value) {
     return map_u8([&](int i) { return mask >> i & 1 ? a.v[i] | value : a.v[i]; });

@@ -214,13 +214,15 @@ void sparse_weight(PackedTensor& w, const FormatInfo& f) {
   w.part_bytes[1] = static_cast<size_t>(w.strips() + 1) * 8;
 }
 
-int64_t dense_code_bytes(const FormatInfo& f) {  // of a strip and a group
-  return is_wide(f) ? 16 * f.group : f.name[1] == '5' ? 10 * f.group : 8 * f.group;
+int64_t dense_code_bytes(const FormatInfo& f, int64_t inputs) {  // of a strip
+  const int bits = f.name[1] - '0';
+  return bits == 1 ? 16 * inputs / 5 : 2 * bits * inputs;
 }
 
 void dense_weight(PackedTensor& w, const FormatInfo& f) {
-  const int64_t tiles = w.strips() * (f.k_pad(w.k) / f.group);
-  const int64_t codes = tiles * dense_code_bytes(f);
+  const int64_t k_pad = f.k_pad(w.k), groups = f.group == kRowGroup ? 1 : k_pad / f.group;
+  const int64_t tiles = w.strips() * groups;
+  const int64_t codes = w.strips() * dense_code_bytes(f, k_pad);
   const int halves = has_minimum(f) ? 32 : 16;
   auto* p = slot<uint8_t>(kPart0, codes);
   random_bytes(p, codes);
@@ -290,7 +292,7 @@ Rows quantize(const KernelTable& t, int format, const float* x, int64_t m, int64
   auto* memory = slot<uint8_t>(s, bytes);
   __builtin_memset(memory, 0xa5, static_cast<size_t>(bytes));
   const Rows rows = place_rows(f, m, k, memory);
-  const int64_t groups = f.group ? rows.k_pad / f.group : (rows.k_pad + 63) / 64;
+  const int64_t groups = rows.group ? rows.k_pad / rows.group : (rows.k_pad + 63) / 64;
   for (int64_t r = 0; r < m; ++r) {
     const int64_t half = groups / 2;
     t.quantize_row(x + r * k, k, rows, r, 0, half);
@@ -349,7 +351,7 @@ void test_shape(const KernelTable* const* tables, int count, int format, const S
 
 void test_format(const KernelTable* const* tables, int count, int format) {
   const FormatInfo& f = kFormatInfo[format];
-  const int64_t group = f.group ? f.group : 2;
+  const int64_t group = f.k_pad(1);  // or what the rows of one scale are padded to
   const int64_t ks[] = {group, 3 * group, 576, 205};
   for (int64_t m : {1, 2, 3, 8, 9, 17, 33})
     for (int64_t n : {1, 16, 17, 48, 50})

@@ -23,7 +23,7 @@ def random_codes(fmt: Format, n: int, k: int, seed: int = 0, density: float = 0.
     if fmt.group_size == 0:
         values = rng.standard_normal((n, k)).astype(np.float32)
         return Codes((values.view(np.uint32) >> 16).astype(np.uint16))
-    q = rng.integers(0, 1 << fmt.weight_bits, (n, k)).astype(np.uint8)
+    q = rng.integers(0, fmt.max_code + 1, (n, k)).astype(np.uint8)
     if fmt.sparse:
         q[rng.random((n, k)) >= density] = fmt.zero_point
     groups = math.ceil(k / fmt.group_size)
@@ -39,12 +39,14 @@ class Lookup:
         self.fmt, self.codes = fmt, codes
         self.n, self.k = codes.q.shape
         self.strips = math.ceil(self.n / 16)
-        self.group = fmt.group_size or 2
-        self.groups = math.ceil(self.k / self.group)
+        self.groups = math.ceil(self.k / (fmt.group_size or 2))
+        multiple = {"bf16": 2, "w8a8": 64, "w1.6a8": 320}.get(fmt.name, fmt.group_size)
+        self.k_pad = math.ceil(self.k / multiple) * multiple
 
     def code(self, o: int, i: int) -> int:
         inside = o < self.n and i < self.k
-        return int(self.codes.q[o, i]) if inside else self.fmt.zero_point
+        padding = 0 if self.fmt.name == "w2a8g64" else self.fmt.zero_point
+        return int(self.codes.q[o, i]) if inside else padding
 
     def f16(self, values: Any, o: int, j: int) -> bytes:
         return struct.pack("<e", values[o, j] if o < self.n else 0.0)
@@ -57,8 +59,10 @@ def parts(fmt: Format, codes: Codes) -> dict[str, bytes]:
         return {"values": bf16(w)}
     if fmt.sparse:
         return stream(w)
-    block = {8: eight_bits, 4: four_bits, 5: five_bits}[fmt.weight_bits]
-    return {"codes": block(w), "scales": scales(w)}
+    if fmt.name == "w1.6a8":
+        return {"codes": trits(w), "scales": scales(w)}
+    codes = {8: eight_bits, 4: four_bits, 5: five_bits, 3: three_bits, 2: two_bits}
+    return {"codes": codes[fmt.weight_bits](w), "scales": scales(w)}
 
 
 def bf16(w: Lookup) -> bytes:
@@ -74,7 +78,7 @@ def bf16(w: Lookup) -> bytes:
 def eight_bits(w: Lookup) -> bytes:
     out = bytearray()
     for s in range(w.strips):
-        for b in range(w.groups * w.group // 4):
+        for b in range(w.k_pad // 4):
             for o in range(16):
                 for i in range(4):
                     out.append(w.code(16 * s + o, 4 * b + i))
@@ -92,7 +96,7 @@ def nibble_block(w: Lookup, s: int, b: int) -> bytes:
 
 
 def four_bits(w: Lookup) -> bytes:
-    blocks = w.groups * w.group // 8
+    blocks = w.k_pad // 8
     return b"".join(nibble_block(w, s, b) for s in range(w.strips) for b in range(blocks))
 
 
@@ -109,6 +113,47 @@ def five_bits(w: Lookup) -> bytes:
                 out += struct.pack("<Q", word)
             for b in range(4):
                 out += nibble_block(w, s, 4 * g + b)
+    return bytes(out)
+
+
+def fields(w: Lookup, s: int, first: int, bits: int, shift: int) -> bytes:
+    """64 bytes with some bits of the codes from input `first` on, 4 inputs per field."""
+    out = bytearray()
+    for o in range(16):
+        for i in range(4):
+            byte = 0
+            for j in range(8 // bits):
+                code = w.code(16 * s + o, first + 4 * j + i) >> shift
+                byte |= (code & ((1 << bits) - 1)) << (bits * j)
+            out.append(byte)
+    return bytes(out)
+
+
+def three_bits(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for first in range(0, w.k_pad, 64):
+            for v in range(2):
+                out += fields(w, s, first + 32 * v, 1, 2)
+            for v in range(4):
+                out += fields(w, s, first + 16 * v, 2, 0)
+    return bytes(out)
+
+
+def two_bits(w: Lookup) -> bytes:
+    firsts = range(0, w.k_pad, 16)
+    return b"".join(fields(w, s, first, 2, 0) for s in range(w.strips) for first in firsts)
+
+
+def trits(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for first in range(0, w.k_pad, 20):
+            for o in range(16):
+                for i in range(4):
+                    c = [w.code(16 * s + o, first + 4 * j + i) for j in range(5)]
+                    value = 81 * c[0] + 27 * c[1] + 9 * c[2] + 3 * c[3] + c[4]
+                    out.append(math.ceil(256 * value / 243))
     return bytes(out)
 
 
@@ -188,9 +233,10 @@ def output(fmt: Format, row: Any, codes: Codes, o: int, k: int) -> np.float32:
         end = min(begin + fmt.group_size, k)
         q, sx, sumx = quantize_group(list(row[begin:end]))
         sw = f32(codes.scales[o, j])  # type: ignore[index]
-        code = [int(c) - fmt.zero_point for c in codes.q[o, begin:end]]
+        step = 2 if fmt.name == "w2a8g64" else 1
+        code = [step * int(c) - fmt.zero_point for c in codes.q[o, begin:end]]
         dot = sum(a * b for a, b in zip(code, q, strict=True))
-        assert abs(dot) < 1 << 24
+        assert abs(dot) < 1 << (24 if fmt.group_size <= 128 else 31)
         term = f32(f32(dot) * f32(sw * sx))
         if fmt.asymmetric:
             mw = f32(codes.mins[o, j])  # type: ignore[index]

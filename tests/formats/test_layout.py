@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lacewing.errors import FormatError
 from lacewing.formats import FORMATS, Codes, Format, PackedTensor, get_format
+from lacewing.formats.base import ROW
 from tests.formats import naive
 
 SHAPES = [(1, 1), (1, 64), (16, 64), (17, 65), (16, 7), (33, 130), (48, 31), (2, 200), (32, 96)]
@@ -101,21 +103,27 @@ def test_absurd_shapes_have_sizes_without_overflow(fmt: Format) -> None:
     ("name", "bits"),
     [
         ("bf16", 16),
+        ("w8a8", 8.05),
         ("w8a8g32", 8.5),
         ("w8a8g64", 8.25),
         ("w4a8g32", 4.5),
         ("w4a8g64", 4.25),
+        ("w4a8g128", 4.125),
+        ("w3a8g64", 3.25),
+        ("w2a8g64", 2.25),
+        ("w1.6a8", 1.65),
         ("w4a8g32z", 5),
         ("w5a8g32z", 6),
     ],
 )
 def test_bits_per_weight(name: str, bits: float) -> None:
     fmt = get_format(name)
-    packed = fmt.pack(naive.random_codes(fmt, 64, 256))
+    k = 320 if fmt.group_size == ROW else 256
+    packed = fmt.pack(naive.random_codes(fmt, 64, k))
     assert packed.bits_per_weight == bits
-    assert packed.nbytes * 8 == bits * 64 * 256
-    padded = fmt.pack(naive.random_codes(fmt, 1, 256))
-    assert padded.bits_per_weight == 16 * bits
+    assert packed.nbytes * 8 == round(bits * 64 * k)
+    padded = fmt.pack(naive.random_codes(fmt, 1, k))
+    assert padded.bits_per_weight == pytest.approx(16 * bits)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("w8a8g64_sp", 8), ("w4a8g64_sp", 4)])
@@ -139,6 +147,15 @@ def test_the_example_of_the_docs() -> None:
     assert bytes(block[0]).hex() == "40516273"
     assert bytes(block[1]).hex() == "bfae9d8c"
     assert bytes(block[2]).hex() == "88888888"
+
+
+def test_the_longest_row() -> None:
+    for fmt in FORMATS.values():
+        if fmt.group_size == ROW:
+            fmt.validate(fmt.pack(naive.random_codes(fmt, 1, ROW)))
+            with pytest.raises(FormatError, match="k up to 131072, got 131073") as caught:
+                fmt.round(np.zeros((1, ROW + 1), np.float32))
+            assert "w8a8g64" in str(caught.value.hint)
 
 
 def test_parts_may_be_read_only_views(fmt: Format) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lacewing.errors import FormatError
 from lacewing.formats import FORMATS, Codes, Format, get_format
+from lacewing.formats.base import ROW
 from lacewing.formats.bf16 import Bf16, _fma
 from tests.formats import naive
 
@@ -46,13 +47,13 @@ def test_every_step_is_the_stated_one(fmt: Format, shape: tuple[int, int, int]) 
 @pytest.mark.parametrize("fmt", INTEGER, ids=str)
 def test_extreme_codes_stay_exact(fmt: Format) -> None:
     """The largest dot products there are: float multiplication must still be exact."""
-    top = (1 << fmt.weight_bits) - 1
-    for code in (0, top):
-        q = np.full((2, 2 * fmt.group_size), code, np.uint8)
-        scales = np.full((2, 2), 1 / 3, np.float16)
+    k = min(2 * fmt.group_size, ROW)
+    for code in (0, fmt.max_code):
+        q = np.full((2, k), code, np.uint8)
+        scales = np.full((2, fmt.groups(k)), 1 / 3, np.float16)
         codes = Codes(q, scales, scales if fmt.asymmetric else None)
         for sign in (1, -1):
-            x = np.full((1, 2 * fmt.group_size), sign * 7.3, np.float32)
+            x = np.full((1, k), sign * 7.3, np.float32)
             assert np.array_equal(fmt.reference_linear(x, codes), naive.linear(fmt, x, codes))
 
 
@@ -81,7 +82,7 @@ def test_dequantize_is_the_formula(fmt: Format) -> None:
             assert weight[o, i] == bits.view(np.float32)[0]
             continue
         scale = f32(codes.scales[o, i // fmt.group_size])
-        want = f32(scale * f32(int(q) - fmt.zero_point))
+        want = f32(scale * f32(fmt.code_step * int(q) - fmt.zero_point))
         if codes.mins is not None:
             want = f32(want + f32(codes.mins[o, i // fmt.group_size]))
         assert weight[o, i] == want

@@ -52,7 +52,7 @@ def test_sparsity_out_of_range(sparsity: float) -> None:
         pack(np.ones((4, 4)), "w8a8g64_sp", sparsity)
 
 
-@pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if not f.asymmetric])
+@pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if f.holds_zero])
 def test_pruned_weights_are_zero_in_every_format_that_can_hold_them(name: str) -> None:
     fmt = get_format(name)
     weight = np.random.default_rng(2).standard_normal((6, 100), f32)
@@ -60,8 +60,8 @@ def test_pruned_weights_are_zero_in_every_format_that_can_hold_them(name: str) -
     assert not rounded[~magnitude_mask(weight, 0.6)].any()
 
 
-@pytest.mark.parametrize("name", ["w4a8g32z", "w5a8g32z"])
-def test_asymmetric_formats_cannot_hold_pruned_weights(name: str) -> None:
+@pytest.mark.parametrize("name", ["w4a8g32z", "w5a8g32z", "w2a8g64"])
+def test_formats_without_zero_cannot_hold_pruned_weights(name: str) -> None:
     with pytest.raises(FormatError, match="zero is not on its grid") as caught:
         pack(np.ones((4, 4)), name, 0.5)
     assert "w4a8g64_sp" in str(caught.value.hint)

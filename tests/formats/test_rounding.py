@@ -30,12 +30,16 @@ def squared_error(fmt: Format, weight: Any) -> float:
 
 def absmax_error(fmt: Format, weight: Any) -> float:
     """The textbook grid: scale = max|w| / largest code, or (max - min) / codes."""
-    x = weight.reshape(-1, fmt.group_size).astype(np.float64)
-    top = (1 << fmt.weight_bits) - 1
+    x = weight.reshape(-1, min(fmt.group_size, weight.shape[1])).astype(np.float64)
+    top = fmt.max_code
     if fmt.asymmetric:
         low = x.min(axis=1, keepdims=True)
         scale = (x.max(axis=1, keepdims=True) - low) / top
         return float((((np.rint((x - low) / scale) * scale + low) - x) ** 2).sum())
+    if fmt.code_step == 2:  # odd levels
+        scale = np.abs(x).max(axis=1, keepdims=True) / top
+        odd = np.clip(2 * np.floor(x / scale / 2) + 1, -top, top)
+        return float(((odd * scale - x) ** 2).sum())
     scale = np.abs(x).max(axis=1, keepdims=True) / (top // 2)
     return float(((np.rint(x / scale) * scale - x) ** 2).sum())
 
@@ -45,17 +49,25 @@ def absmax_error(fmt: Format, weight: Any) -> float:
 def test_the_search_gains_what_the_docs_say(fmt: Format, kind: str) -> None:
     weight = weights(kind)
     share = squared_error(fmt, weight) / absmax_error(fmt, weight)
-    assert share < (0.85 if fmt.asymmetric else 0.73 if fmt.weight_bits == 4 else 0.96)
+    most = {8: 0.96, 4: 0.73, 3: 0.56, 2: 0.45}
+    if fmt.name == "w8a8":  # a row of 1024 has its extreme far out: little is gained at 128
+        most[8] = 1.0
+    assert share < (0.85 if fmt.asymmetric else most[fmt.weight_bits])
 
 
 @pytest.mark.parametrize(
     ("name", "error"),
     [
         ("bf16", 0.0017),
+        ("w8a8", 0.0081),
         ("w8a8g32", 0.0052),
         ("w8a8g64", 0.0058),
         ("w4a8g32", 0.082),
         ("w4a8g64", 0.092),
+        ("w4a8g128", 0.1),
+        ("w3a8g64", 0.18),
+        ("w2a8g64", 0.34),
+        ("w1.6a8", 0.437),
         ("w4a8g32z", 0.073),
         ("w5a8g32z", 0.035),
     ],
@@ -71,10 +83,10 @@ def test_relative_error_on_gaussian_weights(name: str, error: float) -> None:
 def test_weights_on_a_symmetric_grid_are_exact(fmt: Format, least: bool) -> None:
     """Every group reaches the least code, or stops at its mirror image (as absmax scales do)."""
     rng = np.random.default_rng(3)
-    top = (1 << fmt.weight_bits) - 1
-    q = rng.integers(0 if least else 1, top + 1, (20, 320)).astype(np.uint8)
-    q[:, :: fmt.group_size] = 0 if least else rng.choice([1, top])
-    scales = (rng.uniform(0.5, 2, (20, 320 // fmt.group_size)) * 0.01).astype(np.float16)
+    top, mirror = fmt.max_code, 0 if fmt.weight_bits == 2 else 1
+    q = rng.integers(0 if least else mirror, top + 1, (20, 640)).astype(np.uint8)
+    q[:, :: fmt.group_size] = 0 if least else rng.choice([mirror, top])
+    scales = (rng.uniform(0.5, 2, (20, fmt.groups(640))) * 0.01).astype(np.float16)
     weight = fmt.dequantize(Codes(q, scales))
     assert np.array_equal(fmt.dequantize(fmt.pack(fmt.round(weight))), weight)
 
@@ -108,7 +120,7 @@ def test_tiny_weights_lose_at_most_half_the_smallest_f16(fmt: Format, size: floa
     """Where the scale is a subnormal f16 the grid is coarser, but nothing is clipped."""
     weight = (np.random.default_rng(6).uniform(-1, 1, (16, 256)) * size).astype(np.float32)
     error = np.abs(fmt.dequantize(fmt.round(weight)) - weight).max()
-    steps = {8: 127, 4: 7, 5: 15}[fmt.weight_bits]
+    steps = {8: 127, 5: 15, 4: 7, 3: 3, 2: 1}[fmt.weight_bits]
     assert error <= max(1.3 * size / steps, 2.0**-24)
 
 
@@ -120,7 +132,7 @@ def test_the_largest_weights(fmt: Format) -> None:
     weight[1] = np.linspace(-largest, largest, 64, dtype=np.float32)
     got = fmt.dequantize(fmt.pack(fmt.round(weight)))
     # At the limit the scale cannot grow: the search would like to, and clips half a step.
-    assert np.abs(got - weight).max() <= 1.3 * largest / max(steps, 7)
+    assert np.abs(got - weight).max() <= 1.3 * largest / (3 if fmt.weight_bits == 2 else 7)
     weight[2, 5] = np.nextafter(largest * f32(1.001), f32(np.inf))
     with pytest.raises(FormatError, match=r"holds magnitudes up to .* at \[2, 5\]") as caught:
         fmt.round(weight)

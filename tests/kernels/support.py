@@ -27,7 +27,7 @@ def random_packed(name: str, n: int, k: int, seed: int = 0) -> PackedTensor:
     if fmt.group_size == 0:
         values = rng.standard_normal((n, k)).astype(np.float32).view(np.uint32) >> 16
         return fmt.pack(Codes(values.astype(np.uint16)))
-    top = (1 << fmt.weight_bits) - 1
+    top = fmt.max_code
     q = rng.integers(0, top + 1, (n, k)).astype(np.uint8)
     q[0] = np.where(np.arange(k) % 2, top, 0)
     q[-1] = top

@@ -15,7 +15,8 @@ import pytest
 from kernels.support import random_packed, random_rows, tensor_of
 
 from lacewing import _C
-from lacewing.formats import FORMATS, PackedTensor, get_format, quantize_rows
+from lacewing.formats import FORMATS, Codes, PackedTensor, get_format, quantize_rows
+from lacewing.formats.base import ROW
 
 F32 = npt.NDArray[np.float32]
 
@@ -25,7 +26,7 @@ NS = (1, 16, 17, 48)
 
 
 def depths(name: str) -> tuple[int, ...]:
-    g = get_format(name).group_size or 32
+    g = max(32, get_format(name).input_multiple)
     return (1, g - 1, g, 3 * g, 5 * g + 7, 1000, 4096)
 
 
@@ -128,15 +129,30 @@ def test_gather_rows(isa: str, name: str) -> None:
     assert _C.gather_rows(tensor_of(packed), ids[:0], isa=isa).shape == (0, k)
 
 
-@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("group", [32, 64, 128, ROW])
 @pytest.mark.parametrize("k", [1, 31, 32, 64, 100, 576])
 def test_quantize_rows(isa: str, group: int, k: int) -> None:
     for m in (1, 2, 8, 19):
         x = random_rows(m, k)
+        one = -(-k // 64) * 64 if group == ROW else group
         for got, want in zip(
-            _C.quantize_rows(x, group, isa=isa), quantize_rows(x, group), strict=True
+            _C.quantize_rows(x, group, isa=isa), quantize_rows(x, one), strict=True
         ):
             assert got.dtype == want.dtype and np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w1.6a8"])
+def test_sums_of_the_longest_row(isa: str, name: str) -> None:
+    """The largest integers there are, 128 * 127 * 2^17 in eight bits, of either sign."""
+    fmt, m = get_format(name), 11
+    x = np.full((m, ROW), 3.0, np.float32)
+    x[1::2] = -3.0
+    q = np.zeros((17, ROW), np.uint8)
+    q[1] = fmt.max_code
+    packed = fmt.pack(Codes(q, np.full((17, 1), 0.3, np.float16)))
+    want = fmt.reference_linear(x, packed)
+    for rows in (1, 2, 8, m):
+        assert np.array_equal(_C.linear(x[:rows], tensor_of(packed), isa=isa), want[:rows])
 
 
 def test_large_prefill(isa: str) -> None:

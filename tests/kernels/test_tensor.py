@@ -53,9 +53,14 @@ def test_sizes_must_fit(name: str) -> None:
         _C.Tensor(name, N + 64, K, parts)
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w1.6a8"])
+def test_rows_that_are_too_long(name: str) -> None:
+    refuse(name, parts_of(name), "131072", k=(1 << 17) + 1)
+
+
 def test_unknown_format() -> None:
     with pytest.raises(ValueError, match="w8a8g32"):
-        _C.Tensor("w3a8", N, K, [])
+        _C.Tensor("w7a8", N, K, [])
 
 
 def test_parts_must_be_bytes() -> None:
@@ -127,7 +132,7 @@ def test_linear_checks_its_arguments() -> None:
         _C.gather_rows(weight, np.array([0, N], np.int32))
     with pytest.raises(ValueError, match="ids must be"):
         _C.gather_rows(weight, np.array([-1], np.int32))
-    with pytest.raises(ValueError, match="group must be 32 or 64"):
+    with pytest.raises(ValueError, match="group must be 32, 64, 128 or 131072"):
         _C.quantize_rows(x, 48)
     with pytest.raises(ValueError, match="strips"):
         _C.linear_into(x, weight, np.zeros((2, N), np.float32), strips=(0, 4))

@@ -238,7 +238,7 @@ def _plan(
     for name in source.spec.tensor_shapes():
         tensor = source.tensors[name]
         kind = _choose(tensor, format, head_format)
-        if sparsity and kind is not None and kind.asymmetric and name not in _TABLES:
+        if sparsity and kind is not None and not kind.holds_zero and name not in _TABLES:
             raise FormatError(
                 f"`{name}`: {kind.name} cannot hold pruned weights: zero is not on its grid",
                 hint="name a symmetric or a sparse format, such as `w8a8g64_sp`",

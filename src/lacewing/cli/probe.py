@@ -26,7 +26,7 @@ def random_codes(name: str, n: int, k: int, sparsity: float = 0.5, seed: int = 0
         values = random.standard_normal((n, k), dtype=np.float32)
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)
         return Codes(bits, None, None)
-    codes = random.integers(0, 1 << form.weight_bits, (n, k), dtype=np.uint8)
+    codes = random.integers(0, form.max_code + 1, (n, k), dtype=np.uint8)
     if form.sparse:
         codes[random.random((n, k), dtype=np.float32) < sparsity] = form.zero_point
     groups = -(-k // form.group_size)

@@ -2,8 +2,13 @@
 
     name        weights                              bits per weight (large matrices)
     bf16        16-bit floats                        16
+    w8a8        8 bits, one scale per row            8
     w8a8g32/64  8 bits, symmetric                    8.5 / 8.25
     w4a8g32/64  4 bits, symmetric                    4.5 / 4.25
+    w4a8g128    4 bits, symmetric                    4.125
+    w3a8g64     3 bits, symmetric                    3.25
+    w2a8g64     2 bits, the levels -3, -1, 1, 3      2.25
+    w1.6a8      -1, 0 or 1, one scale per row        1.6
     w4a8g32z    4 bits, scale and minimum            5
     w5a8g32z    5 bits, scale and minimum            6
     w8a8g64_sp  8 bits per non-zero weight           1.25 + 8 * density
@@ -20,19 +25,25 @@ from typing import Any
 from lacewing.errors import FormatError
 from lacewing.formats.activations import quantize_rows
 from lacewing.formats.asymmetric import W4z, W5z
-from lacewing.formats.base import Codes, Format, PackedTensor
+from lacewing.formats.base import ROW, Codes, Format, PackedTensor
 from lacewing.formats.bf16 import Bf16
 from lacewing.formats.dense import W4, W8
+from lacewing.formats.narrow import W2, W3, Ternary
 from lacewing.formats.sparse import W4sp, W8sp
 
 __all__ = ["FORMATS", "Codes", "Format", "PackedTensor", "get_format", "pack", "quantize_rows"]
 
 _ALL: tuple[Format, ...] = (
     Bf16(),
+    W8(ROW),
     W8(32),
     W8(64),
     W4(32),
     W4(64),
+    W4(128),
+    W3(64),
+    W2(64),
+    Ternary(),
     W4z(),
     W5z(),
     W8sp(64),

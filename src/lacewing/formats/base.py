@@ -22,6 +22,7 @@ from lacewing.formats.tiles import STRIP, ceil_to
 
 __all__ = [
     "CHUNK",
+    "ROW",
     "Codes",
     "Format",
     "PackedTensor",
@@ -38,6 +39,9 @@ F32 = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
 ALIGNMENT = 64
+ROW = 1 << 17
+"""The group size of formats with one scale per row: as long as the longest row they hold. Up to
+there the sum of a row is exact in int32: 128 * 127 * 2^17 < 2^31."""
 CHUNK = 1 << 20
 """Weights that are rounded or packed at once: bounds the temporary memory to some 20 MB."""
 
@@ -94,8 +98,10 @@ class Format(ABC):
     name: str
     weight_bits: int
     group_size: int
-    """Inputs per scale, and per group of activations; 0 in a float format."""
+    """Inputs per scale, and per group of activations; ROW: the whole row; 0 in a float format."""
     zero_point: int
+    code_step: int = 1
+    """`weight = scale * (code_step * code - zero_point)`: 2 for levels between which zero lies."""
     asymmetric: bool = False
     sparse: bool = False
     part_dtypes: ClassVar[Mapping[str, np.dtype[Any]]]
@@ -112,6 +118,24 @@ class Format(ABC):
 
     def k_pad(self, k: int) -> int:
         return ceil_to(k, self.input_multiple)
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.weight_bits) - 1
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether zero is on every grid of the format, so that it can hold pruned weights."""
+        return not self.asymmetric and self.code_step == 1
+
+    @property
+    def padding(self) -> int:
+        """The code of padded inputs: zero, or any, since they meet activations that are zero."""
+        return self.zero_point if self.holds_zero else 0
+
+    def group(self, k: int) -> int:
+        """Inputs that share a scale in a row of k: `group_size`, or the padded row."""
+        return self.k_pad(k) if self.group_size == ROW else self.group_size
 
     def groups(self, k: int) -> int:
         """Scales per output; 0 in a float format."""
@@ -172,6 +196,11 @@ class Format(ABC):
                 f"{self.name} holds a weight [n, k] with n, k >= 1, got {list(shape)}"
             )
         n, k = shape
+        if self.group_size == ROW and k > ROW:
+            raise FormatError(
+                f"{self.name} adds up whole rows in 32 bits and holds k up to {ROW}, got {k}",
+                hint="use a format with groups, such as `w8a8g64`",
+            )
         return int(n), int(k)
 
     # -- floats to codes ------------------------------------------------------------------------
@@ -187,7 +216,7 @@ class Format(ABC):
         """
         w = as_weight(weight)
         n, k = self._check_shape(w.shape)
-        if sparsity is not None and self.asymmetric:
+        if sparsity is not None and not self.holds_zero:
             raise FormatError(
                 f"{self.name} cannot hold pruned weights: zero is not on its grid",
                 hint="use a symmetric or a sparse format, such as `w4a8g64_sp`",
@@ -234,10 +263,8 @@ class Format(ABC):
         if codes.q.dtype != self.code_dtype:
             raise FormatError(f"{self.name} codes must be {self.code_dtype}, got {codes.q.dtype}")
         largest = int(codes.q.max())
-        if largest >> self.weight_bits:
-            raise FormatError(
-                f"{self.name} codes must be below {1 << self.weight_bits}, got {largest}"
-            )
+        if largest > self.max_code:
+            raise FormatError(f"{self.name} codes must be below {self.max_code + 1}, got {largest}")
         self._check_per_group("scales", codes.scales, n, self.groups(k))
         self._check_per_group("mins", codes.mins, n, self.groups(k) if self.asymmetric else 0)
         return n, k
@@ -269,10 +296,11 @@ class Format(ABC):
     def _dequantize_rows(self, codes: Codes, out: F32) -> None:
         assert codes.scales is not None
         k = codes.shape[1]
-        np.subtract(codes.q, np.float32(self.zero_point), out=out)
-        out *= _per_input(codes.scales, self.group_size, k)
+        np.multiply(codes.q, np.float32(self.code_step), out=out)
+        out -= np.float32(self.zero_point)
+        out *= _per_input(codes.scales, self.group(k), k)
         if codes.mins is not None:
-            out += _per_input(codes.mins, self.group_size, k)
+            out += _per_input(codes.mins, self.group(k), k)
 
     def reference_linear(
         self, x: npt.ArrayLike, packed: PackedTensor | Codes, bias: npt.ArrayLike | None = None
@@ -282,9 +310,9 @@ class Format(ABC):
         THE definition of what the format means. In integer formats every float step is rounded to
         f32 in a stated order, so that every kernel returns these very bits:
 
-            q, sx, sumx = quantize_rows(x, group_size)
+            q, sx, sumx = quantize_rows(x, group_size)  # or group(k): the row is the one group
             acc = 0; for every group j in order:
-                acc = acc + float(sum_i (code_i - zero_point) * q_i) * (scale_j * sx_j)
+                acc = acc + float(sum_i (code_step * code_i - zero_point) * q_i) * (scale_j * sx_j)
             asymmetric:
                 acc = acc + (float(sum_i code_i * q_i) * (scale_j * sx_j)
                              + float(sumx_j) * (min_j * sx_j))
@@ -293,13 +321,14 @@ class Format(ABC):
         codes = self._codes(packed)
         k = codes.shape[1]
         activations = check_activations(x, k)
-        q, scale, total = quantize_rows(activations, self.group_size)
+        group = self.group(k)
+        q, scale, total = quantize_rows(activations, group)
         assert codes.scales is not None
         acc = np.zeros((len(q), codes.shape[0]), np.float32)
         sw = codes.scales.astype(np.float32)
         mw = None if codes.mins is None else codes.mins.astype(np.float32)
         for j in range(sw.shape[1]):
-            inputs = slice(j * self.group_size, min((j + 1) * self.group_size, k))
+            inputs = slice(j * group, min((j + 1) * group, k))
             sx = scale[:, j, None]
             term = self._dot(codes.q[:, inputs], q[:, inputs]) * (sw[:, j] * sx)
             if mw is not None:
@@ -308,10 +337,14 @@ class Format(ABC):
         return add_bias(acc, bias)
 
     def _dot(self, codes: Array, q: npt.NDArray[np.int8]) -> F32:
-        """Exact integer dot products `[m, n]` of one group. Float multiplication is exact here in
-        any order: all partial sums are below 64 * 128 * 127 < 2^24."""
-        w = codes.astype(np.float32) - np.float32(self.zero_point)
-        dots: F32 = q.astype(np.float32) @ w.T
+        """Exact integer dot products `[m, n]` of one group, rounded to f32. Float multiplication is
+        exact here in any order: all partial sums are below 128 * 128 * 127 < 2^24, and those of
+        rows below 2^31, in float64."""
+        exact = np.float64 if self.group_size == ROW else np.float32
+        w: Any = codes.astype(exact)
+        w *= self.code_step
+        w -= self.zero_point
+        dots: F32 = (q.astype(exact) @ w.T).astype(np.float32, copy=False)
         return dots
 
     def _codes(self, packed: PackedTensor | Codes) -> Codes:

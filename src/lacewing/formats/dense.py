@@ -1,4 +1,4 @@
-"""w8a8 and w4a8: dense symmetric integer weights, one f16 scale per output and group."""
+"""w8a8 and w4a8: dense symmetric integer weights, one f16 scale per output and group or row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lacewing.formats.base import Codes, Format, PackedTensor, aligned_empty, row_chunks
+from lacewing.formats.base import ROW, Codes, Format, PackedTensor, aligned_empty, row_chunks
 from lacewing.formats.scales import check_scale_range, symmetric_grid
 from lacewing.formats.tiles import (
     STRIP,
@@ -22,9 +22,10 @@ from lacewing.formats.tiles import (
     to_tiles,
 )
 
-__all__ = ["CODES_AND_SCALES", "W4", "W8", "Dense", "Symmetric", "grouped"]
+__all__ = ["CODES_AND_SCALES", "W4", "W8", "Dense", "DenseSymmetric", "Symmetric", "grouped"]
 
 F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
 CODES_AND_SCALES: Mapping[str, np.dtype[Any]] = {
@@ -80,70 +81,87 @@ class Symmetric(Format):
 
     def __init__(self, bits: int, group: int) -> None:
         self.weight_bits = bits
-        self.group_size = self.input_multiple = group
+        self.group_size = group
+        self.input_multiple = 64 if group == ROW else group
         self.zero_point = 1 << (bits - 1)
-        self.name = f"w{bits}a8g{group}"
+        self.name = f"w{bits}a8" if group == ROW else f"w{bits}a8g{group}"
 
     def _round_rows(self, rows: F32, out: Codes, first_row: int) -> None:
         assert out.scales is not None
         check_scale_range(self.name, np.abs(rows), (1 << (self.weight_bits - 1)) - 1, first_row)
-        q, scale = symmetric_grid(grouped(rows, self.group_size), self.weight_bits)
         r, k = rows.shape
+        groups = grouped(rows, self.group(k))
+        q, scale = symmetric_grid(groups, self.weight_bits, odd=self.code_step == 2)
         out.q[:] = q.reshape(r, -1)[:, :k]
         out.scales[:] = scale.reshape(r, -1)
 
 
-class W8(Symmetric, Dense):
-    """Part `codes`: uint8 `[S][k_pad/4][16][4]`. Part `scales`: f16 `[S][k_pad/G][16]`."""
+class DenseSymmetric(Symmetric, Dense):
+    """Parts `codes` and `scales`, f16 `[S][groups][16]`; the order of codes is the formats' own."""
 
     part_dtypes = CODES_AND_SCALES
+
+    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        count = strips(n)
+        return {
+            "codes": (count, *self._codes_shape(k)),
+            "scales": (count, self.groups(k), STRIP),
+        }
+
+    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
+        assert codes.scales is not None
+        tiles = to_tiles(codes.q, self.k_pad(codes.shape[1]), self.padding)
+        return {"codes": self._pack_tiles(tiles), "scales": to_strips(codes.scales)}
+
+    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
+        assert out.scales is not None
+        n, k = out.shape
+        out.q[:] = from_tiles(self._unpack_tiles(parts["codes"]), n, k)
+        out.scales[:] = from_strips(parts["scales"], n)
+
+    @abstractmethod
+    def _codes_shape(self, k: int) -> tuple[int, ...]:
+        """Shape of the codes of one strip."""
+
+    @abstractmethod
+    def _pack_tiles(self, tiles: U8) -> U8:
+        """Blocks of codes `[S, k_pad/4, 16, 4]` as they are stored."""
+
+    @abstractmethod
+    def _unpack_tiles(self, codes: U8) -> U8:
+        """The inverse of `_pack_tiles`."""
+
+
+class W8(DenseSymmetric):
+    """Part `codes`: uint8 `[S][k_pad/4][16][4]`. Part `scales`: f16 `[S][k_pad/G][16]`, or
+    `[S][1][16]` in w8a8."""
 
     def __init__(self, group: int) -> None:
         super().__init__(8, group)
 
-    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
-        count = strips(n)
-        return {
-            "codes": (count, self.k_pad(k) // 4, STRIP, 4),
-            "scales": (count, self.groups(k), STRIP),
-        }
+    def _codes_shape(self, k: int) -> tuple[int, ...]:
+        return (self.k_pad(k) // 4, STRIP, 4)
 
-    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
-        assert codes.scales is not None
-        tiles = to_tiles(codes.q, self.k_pad(codes.shape[1]), self.zero_point)
-        return {"codes": tiles, "scales": to_strips(codes.scales)}
+    def _pack_tiles(self, tiles: U8) -> U8:
+        return tiles
 
-    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
-        assert out.scales is not None
-        n, k = out.shape
-        out.q[:] = from_tiles(parts["codes"], n, k)
-        out.scales[:] = from_strips(parts["scales"], n)
+    def _unpack_tiles(self, codes: U8) -> U8:
+        return codes
 
 
-class W4(Symmetric, Dense):
+class W4(DenseSymmetric):
     """Part `codes`: uint8 `[S][k_pad/8][16][4]`, byte `[o][i]` of block b holds the code of input
     `8b + i` in its low and of input `8b + 4 + i` in its high nibble. Part `scales`: f16
     `[S][k_pad/G][16]`."""
 
-    part_dtypes = CODES_AND_SCALES
-
     def __init__(self, group: int) -> None:
         super().__init__(4, group)
 
-    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
-        count = strips(n)
-        return {
-            "codes": (count, self.k_pad(k) // 8, STRIP, 4),
-            "scales": (count, self.groups(k), STRIP),
-        }
+    def _codes_shape(self, k: int) -> tuple[int, ...]:
+        return (self.k_pad(k) // 8, STRIP, 4)
 
-    def _pack_rows(self, codes: Codes) -> dict[str, Array]:
-        assert codes.scales is not None
-        tiles = to_tiles(codes.q, self.k_pad(codes.shape[1]), self.zero_point)
-        return {"codes": to_nibbles(tiles), "scales": to_strips(codes.scales)}
+    def _pack_tiles(self, tiles: U8) -> U8:
+        return to_nibbles(tiles)
 
-    def _unpack_rows(self, parts: Mapping[str, Array], out: Codes) -> None:
-        assert out.scales is not None
-        n, k = out.shape
-        out.q[:] = from_tiles(from_nibbles(parts["codes"]), n, k)
-        out.scales[:] = from_strips(parts["scales"], n)
+    def _unpack_tiles(self, codes: U8) -> U8:
+        return from_nibbles(codes)

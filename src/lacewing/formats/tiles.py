@@ -23,10 +23,12 @@ __all__ = [
     "bits_from_words",
     "bits_to_words",
     "ceil_to",
+    "from_fields",
     "from_nibbles",
     "from_strips",
     "from_tiles",
     "strips",
+    "to_fields",
     "to_nibbles",
     "to_strips",
     "to_tiles",
@@ -103,6 +105,27 @@ def from_nibbles(blocks: U8) -> U8:
     np.bitwise_and(blocks, 15, out=out[:, :, 0])
     np.right_shift(blocks, 4, out=out[:, :, 1])
     return out.reshape(count, 2 * half, STRIP, 4)
+
+
+def to_fields(tiles: U8, bits: int) -> U8:
+    """Blocks of codes of `bits` bits `[S, b, 16, 4]`, `8 / bits` to one: block j of them takes the
+    bits from `j * bits` on of every byte."""
+    each = 8 // bits
+    out: U8 = tiles[:, 0::each].copy()
+    for j in range(1, each):
+        out |= tiles[:, j::each] << np.uint8(j * bits)
+    return out
+
+
+def from_fields(vectors: U8, bits: int) -> U8:
+    """The inverse of `to_fields`: `[S, b, 16, 4]` to `[S, 8 / bits * b, 16, 4]`."""
+    each = 8 // bits
+    count, length = vectors.shape[:2]
+    out = np.empty((count, length, each, STRIP, 4), np.uint8)
+    for j in range(each):
+        np.right_shift(vectors, np.uint8(j * bits), out=out[:, :, j])
+    out &= np.uint8((1 << bits) - 1)
+    return out.reshape(count, each * length, STRIP, 4)
 
 
 def bits_to_words(flags: npt.NDArray[Any]) -> U8:
