@@ -65,11 +65,13 @@ struct StepInput {
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
-// int8 groups of 32, of 64, floats: what a linear layer may want its input to be.
-inline constexpr int kGrids = 3;
+// int8 groups of 32, of 64, floats padded to 2 or to 64: what a linear layer may want its input to
+// be.
+inline constexpr int kGrids = 4;
 inline int grid_of(const PackedTensor& w) {
-  const int group = kFormatInfo[w.format].group;
-  return group == 0 ? 2 : group == 32 ? 0 : 1;
+  const FormatInfo& format = kFormatInfo[w.format];
+  if (format.group == 0) return format.k_pad(1) == 2 ? 2 : 3;
+  return format.group == 32 ? 0 : 1;
 }
 
 // Activations on every grid that some linear layer reads them on.
