@@ -7,9 +7,9 @@ Rapids guest (33 GB/s), the AVX2 kernels forced on the same machine; figures and
 the limit on a machine with so many cores that only memory counts.
 
                   bytes   avx512   avx2    scalar
-    bf16_sp       0.94    0.90     0.80    never
-    w8a8g64_sp    0.87    0.75     0.30    never
-    w4a8g64_sp    0.75    0.65     never   never
+    bf16_sp       0.94    0.90     0.60    never
+    w8a8g64_sp    0.87    0.77     0.40    never
+    w4a8g64_sp    0.75    0.68     never   never
     w8a8g64_24    0.87    always   always  never      (the share is 0.5 by construction)
     w4a8g64_24    0.75    always   never   never
 """
@@ -24,9 +24,9 @@ MACHINES = ("avx512", "avx2", "scalar")
 """Classes of machines, named after the kernels that they run."""
 
 _BREAK_EVEN: dict[str, dict[str, float]] = {
-    "bf16_sp": {"avx512": 0.90, "avx2": 0.80},
-    "w8a8g64_sp": {"avx512": 0.75, "avx2": 0.30},
-    "w4a8g64_sp": {"avx512": 0.65},
+    "bf16_sp": {"avx512": 0.90, "avx2": 0.60},
+    "w8a8g64_sp": {"avx512": 0.77, "avx2": 0.40},
+    "w4a8g64_sp": {"avx512": 0.68},
     "w8a8g64_24": {"avx512": 1.0, "avx2": 1.0},
     "w4a8g64_24": {"avx512": 1.0},
 }
