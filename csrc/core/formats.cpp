@@ -4,6 +4,7 @@
 #include "core/kernels.h"
 #include "formats/bf16.h"
 #include "formats/dense.h"
+#include "formats/nm.h"
 #include "formats/sparse.h"
 
 namespace lacewing {
@@ -37,33 +38,17 @@ const char* validate_dense(const PackedTensor& w) {
   return nullptr;
 }
 
-int count(const uint8_t* bitmaps, int blocks) {
-  int n = 0;
-  for (int b = 0; b < blocks; ++b) n += __builtin_popcountll(load_u64(bitmaps + 8 * b));
-  return n;
-}
-
-// Bytes of codes after the record head whose bitmaps start at `bitmaps`.
-template <class F>
-size_t code_bytes(const uint8_t* bitmaps) {
-  constexpr int kBlocks = F::kGroup / 4;
-  if (F::kMaxCode > 15) return static_cast<size_t>(count(bitmaps, kBlocks) + 1) & ~size_t{1};
-  const int lo = count(bitmaps, kBlocks / 2);
-  const int hi = count(bitmaps + 4 * kBlocks, kBlocks / 2);
-  return static_cast<size_t>((lo > hi ? lo : hi) + 1) & ~size_t{1};
-}
-
 // Every record of the strip in [begin, end) must lie inside it.
 template <class F>
 const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
-  const int64_t groups = k_pad<F>(w.k) / F::kGroup;
+  const int64_t records = k_pad<F>(w.k) / F::kPad;
   size_t at = begin;
-  for (int64_t j = 0; j < groups; ++j) {
-    if (end - at < kRecordHead) return "a strip ends inside a record's head";
-    const size_t codes = code_bytes<F>(w.parts[0] + at + 32);
-    at += kRecordHead;
-    if (end - at < codes) return "a strip ends inside a record's codes";
-    at += codes;
+  for (int64_t j = 0; j < records; ++j) {
+    if (end - at < F::kHead) return "a strip ends inside a record's head";
+    const size_t values = static_cast<size_t>(F::values(w.parts[0] + at));
+    at += F::kHead;
+    if (end - at < values) return "a strip ends inside a record's values";
+    at += values;
   }
   return nullptr;
 }
@@ -71,7 +56,7 @@ const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
 constexpr size_t kSpareBytes = 64;  // so that 64-byte loads never leave the part
 
 template <class F>
-const char* validate_sparse(const PackedTensor& w) {
+const char* validate_stream(const PackedTensor& w) {
   if (const char* error = validate_shape(w)) return error;
   const uint64_t strips = static_cast<uint64_t>(w.strips());
   if (w.part_bytes[1] != (strips + 1) * 8) return "`offsets` must hold one int64 per strip and one";
@@ -92,8 +77,8 @@ const char* validate_sparse(const PackedTensor& w) {
 
 template <class F>
 constexpr auto validator() {
-  if constexpr (F::kSparse)
-    return validate_sparse<F>;
+  if constexpr (F::kTileBytes[0] == 0)
+    return validate_stream<F>;
   else
     return validate_dense<F>;
 }

@@ -30,7 +30,10 @@ inline constexpr int kRowGroup = 1 << 17;
   X("w4a8g32z", W4z<32>)    \
   X("w5a8g32z", W5z<32>)    \
   X("w8a8g64_sp", W8sp<64>) \
-  X("w4a8g64_sp", W4sp<64>)
+  X("w4a8g64_sp", W4sp<64>) \
+  X("bf16_sp", Bf16sp)      \
+  X("w8a8g64_24", W8of24)   \
+  X("w4a8g64_24", W4of24)
 
 #define LACEWING_COUNT(name, type) +1
 inline constexpr int kFormatCount = 0 LACEWING_FORMATS(LACEWING_COUNT);

@@ -65,12 +65,12 @@ struct StepInput {
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
-// What a linear layer may want its input to be: floats, int8 groups of 32, 64 or 128, or int8 rows,
-// padded to 64 or to 320.
-inline constexpr int kGrids = 6;
+// What a linear layer may want its input to be: floats padded to 2 or to 64, int8 groups of 32, 64
+// or 128, or int8 rows padded to 64 or to 320.
+inline constexpr int kGrids = 7;
 inline int grid_of(const PackedTensor& w) {
   const FormatInfo& format = kFormatInfo[w.format];
-  if (format.group == 0) return 0;
+  if (format.group == 0) return format.k_pad(1) == 2 ? 0 : 6;
   if (format.group == kRowGroup) return format.k_pad(1) == 64 ? 4 : 5;
   return format.group == 32 ? 1 : format.group == 64 ? 2 : 3;
 }

@@ -8,6 +8,7 @@
 #include "drivers/linear.h"
 #include "formats/bf16.h"
 #include "formats/dense.h"
+#include "formats/nm.h"
 #include "formats/sparse.h"
 #include "ops/activation.h"
 #include "ops/attention.h"

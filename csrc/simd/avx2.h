@@ -30,6 +30,25 @@ constexpr ExpandTables make_expand_tables() {
 }
 alignas(64) constexpr ExpandTables kExpand = make_expand_tables();
 
+// The same for 8 values of two bytes and the byte of their bitmap.
+struct ExpandTable16 {
+  uint8_t order[256][16];
+};
+constexpr ExpandTable16 make_expand_table16() {
+  ExpandTable16 t{};
+  for (int m = 0; m < 256; ++m) {
+    int next = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool set = m >> i & 1;
+      t.order[m][2 * i] = static_cast<uint8_t>(set ? next : 0x80);
+      t.order[m][2 * i + 1] = static_cast<uint8_t>(set ? next + 1 : 0x80);
+      next += set ? 2 : 0;
+    }
+  }
+  return t;
+}
+alignas(64) constexpr ExpandTable16 kExpand16 = make_expand_table16();
+
 struct Avx2 {
   static constexpr const char* kName = "avx2";
 
@@ -204,6 +223,20 @@ struct Avx2 {
     const __m128i low = _mm_set1_epi8(15);
     return expand_cut(fill, bitmap, p,
                       [=](__m128i v) { return _mm_and_si128(_mm_srli_epi16(v, 4), low); });
+  }
+  static LW_INLINE U8x64 expand_u16(const uint8_t* bitmap, const uint8_t*& p) {
+    uint32_t mask;
+    __builtin_memcpy(&mask, bitmap, 4);
+    const __m128i a = expand8_u16<0>(mask, p), b = expand8_u16<8>(mask, p);
+    const __m128i c = expand8_u16<16>(mask, p), d = expand8_u16<24>(mask, p);
+    p += 2 * _mm_popcnt_u32(mask);
+    return {_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)};
+  }
+  static LW_INLINE U8x64 expand_24(uint8_t fill, const uint8_t* bitmap, U8x64 codes) {
+    const __m256i f = _mm256_set1_epi8(static_cast<char>(fill));
+    const __m256i c = _mm256_xor_si256(codes.lo, f);
+    return {_mm256_xor_si256(expand8_24(bitmap, _mm256_permute4x64_epi64(c, 0x50)), f),
+            _mm256_xor_si256(expand8_24(bitmap + 4, _mm256_permute4x64_epi64(c, 0xfa)), f)};
   }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)),
@@ -406,6 +439,43 @@ struct Avx2 {
         _mm_add_epi8(entry<At>(kExpand.first, mask), entry<At + 8>(kExpand.second, mask));
     p += _mm_popcnt_u64(mask << (48 - At) >> 48);
     return _mm_shuffle_epi8(_mm_xor_si128(cut(codes), fill), order);
+  }
+  // The 8 values of two bytes whose bits begin at bit `At` of the mask.
+  template <int At>
+  static LW_INLINE __m128i expand8_u16(uint32_t mask, const uint8_t* p) {
+    const auto before = At ? _mm_popcnt_u32(mask << (32 - (At ? At : 1))) : 0;
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * before));
+    const uint8_t* order = kExpand16.order[mask >> At & 0xff];
+    return _mm_shuffle_epi8(values, _mm_load_si128(reinterpret_cast<const __m128i*>(order)));
+  }
+  // 8 outputs of a bitmap with two bits in every four. Their codes, two each, lie in the first 8
+  // bytes of either half of `codes`. The four bits of an output choose its shuffle among 16, eight
+  // of them in a register.
+  static LW_INLINE __m256i expand8_24(const uint8_t* bitmap, __m256i codes) {
+    constexpr int kNone = static_cast<int>(0x80808080);
+    const __m256i low =
+        _mm256_setr_epi32(kNone, kNone, kNone, word24(3), kNone, word24(5), word24(6), kNone);
+    const __m256i high =
+        _mm256_setr_epi32(kNone, word24(9), word24(10), kNone, word24(12), kNone, kNone, kNone);
+    int32_t mask;
+    __builtin_memcpy(&mask, bitmap, 4);
+    const __m256i bits =
+        _mm256_srlv_epi32(_mm256_set1_epi32(mask), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m256i four = _mm256_slli_epi32(bits, 28);  // the fourth bit is the sign
+    const __m256i order = _mm256_castps_si256(_mm256_blendv_ps(
+        _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(low, bits)),
+        _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(high, bits)), _mm256_castsi256_ps(four)));
+    const __m256i first = _mm256_setr_epi32(0, 0x02020202, 0x04040404, 0x06060606, 0, 0x02020202,
+                                            0x04040404, 0x06060606);
+    return _mm256_shuffle_epi8(codes, _mm256_add_epi8(order, first));
+  }
+  // Shuffle of the four inputs of one output: 0 and 1 at the bits that are set.
+  static constexpr int word24(int bits) {
+    uint32_t word = 0x80808080;
+    int next = 0;
+    for (int i = 0; i < 4; ++i)
+      if (bits >> i & 1) word = (word & ~(0xffu << 8 * i)) | static_cast<uint32_t>(next++) << 8 * i;
+    return static_cast<int>(word);
   }
   // Entry of the byte at bit `At` of the mask.
   template <int At>

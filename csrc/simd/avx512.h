@@ -147,6 +147,18 @@ struct Avx512 {
   static LW_INLINE U8x64 expand_hi4(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p) {
     return expand_codes(fill, bitmap, p, shr4_u8(load_u8(p)));
   }
+  static LW_INLINE U8x64 expand_u16(const uint8_t* bitmap, const uint8_t*& p) {
+    uint32_t mask;
+    __builtin_memcpy(&mask, bitmap, 4);
+    const __m512i v = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+    p += 2 * _mm_popcnt_u32(mask);
+    return {v};
+  }
+  static LW_INLINE U8x64 expand_24(uint8_t fill, const uint8_t* bitmap, U8x64 codes) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, bitmap, 8);
+    return {_mm512_mask_expand_epi8(set1_u8(fill), mask, codes.v)};
+  }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
   }

@@ -197,6 +197,16 @@ struct Scalar {
   static LW_INLINE U8x64 expand_hi4(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p) {
     return map_u8([&](int i) { return bit(bitmap, i) ? *p++ >> 4 : fill; });
   }
+  // As `expand`, of 2-byte values onto the set bits of a bitmap of 4 bytes, zero elsewhere.
+  static LW_INLINE U8x64 expand_u16(const uint8_t* bitmap, const uint8_t*& p) {
+    return map_u8([&](int i) { return bit(bitmap, i / 2) ? *p++ : 0; });
+  }
+  // As `expand`, where the bitmap has two bits in every four: the first 32 bytes of `codes`. What
+  // other bitmaps give is not stated.
+  static LW_INLINE U8x64 expand_24(uint8_t fill, const uint8_t* bitmap, const U8x64& codes) {
+    const uint8_t* p = codes.v;
+    return expand(fill, bitmap, p);
+  }
   // A block of bf16 pairs `[16][2]`: the first or the second of every pair.
   static LW_INLINE F32x16 bf16_even(const U8x64& a) {
     return map([&](int i) { return bf16(a.v + 4 * i); });

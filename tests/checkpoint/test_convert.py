@@ -17,6 +17,7 @@ from lacewing.checkpoint import (
     open_source,
     write_packed,
 )
+from lacewing.checkpoint.breakeven import MACHINES, break_even, dense_twin
 from lacewing.errors import FormatError, UnsupportedModelError
 from lacewing.formats import FORMATS, PackedTensor, get_format
 from lacewing.formats import base as formats_base
@@ -91,7 +92,7 @@ def test_auto_packs_on_the_own_or_nearest_grid(tmp_path: Path, type: str) -> Non
 @pytest.mark.parametrize("format", [*FORMATS])
 def test_every_format(gguf: Path, format: str) -> None:
     model, source = load_model(gguf, format), open_source(gguf)
-    table = "bf16" if format == "bf16" else "w8a8g32"
+    table = format.removesuffix("_sp") if format.startswith("bf16") else "w8a8g32"
     twin = format.removesuffix("_sp")  # nothing is pruned here: sparse does not pay
     for report in model.reports:
         if len(report.shape) == 2:
@@ -121,6 +122,32 @@ def test_pruning_drops_the_smallest(gguf: Path, format: str, sparsity: float) ->
     assert isinstance(embedding, PackedTensor)
     assert embedding.format == "w8a8g32"
     assert relative_error(model, source, EMBEDDING) < 0.01
+
+
+def test_the_machine_decides_what_pays(gguf: Path) -> None:
+    """4 bits, a third of the weights zero: smaller, but on AVX2 expanding takes longer."""
+    formats = {}
+    for machine in (None, *MACHINES):
+        model = load_model(gguf, "w4a8g64_sp", sparsity=0.4, machine=machine)
+        report = next(r for r in model.reports if r.name == UP)
+        formats[machine] = report.format
+        assert report.instead_of == (None if report.format == "w4a8g64_sp" else "w4a8g64_sp")
+        assert report.density is not None
+        assert 0.4 < report.density <= 0.6
+    sparse, dense = "w4a8g64_sp", "w4a8g64"
+    assert formats == {None: sparse, "avx512": sparse, "avx2": dense, "scalar": dense}
+    with pytest.raises(FormatError, match="`machine` must be one of avx512, avx2, scalar"):
+        load_model(gguf, "w4a8g64_sp", machine="neon")
+
+
+def test_every_sparse_format_has_a_dense_twin() -> None:
+    for kind in FORMATS.values():
+        twin = dense_twin(kind)
+        assert (twin is not None) == kind.sparse
+        if twin is not None:
+            assert not twin.sparse
+            assert twin.weight_bits == kind.weight_bits
+            assert any(0 < break_even(kind, machine) <= 1 for machine in MACHINES)
 
 
 def test_sparse_that_does_not_pay_becomes_dense(gguf: Path) -> None:
@@ -200,7 +227,8 @@ def test_rows_that_fill_no_strip(tmp_path: Path) -> None:
     for format in FORMATS:
         model = load_model(path, format)
         assert model.tensors[UP].shape == (97, 160)
-        assert relative_error(model, open_source(path), UP) < 0.15
+        if FORMATS[format].fixed_sparsity is None:  # else half of the weights are gone
+            assert relative_error(model, open_source(path), UP) < 0.15
 
 
 def test_a_type_that_cannot_be_read_is_refused_before_any_work(tmp_path: Path) -> None:

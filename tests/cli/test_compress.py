@@ -38,7 +38,9 @@ def test_json_goes_to_stdout_alone(call: Call, tiny_hub: Path, tmp_path: Path) -
 def test_every_format_packs_and_is_told(
     call: Call, tiny_hub: Path, tmp_path: Path, name: str
 ) -> None:
-    pruned = ["--sparsity", "0.7"] if FORMATS[name].sparse else []
+    kind = FORMATS[name]
+    pruned = ["--sparsity", "0.7"] if kind.sparse and not kind.fixed_sparsity else []
+    pruned += ["--machine", "avx512"]
     status, _, err = call("compress", tiny_hub, tmp_path / "p", "--format", name, *pruned)
     assert status == 0, err
     status, out, _ = call("info", tmp_path / "p", "--json")
@@ -158,3 +160,18 @@ def test_info_of_no_model(call: Call, tmp_path: Path, content: bytes) -> None:
     status, out, err = call("info", tmp_path / "x.gguf")
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
+
+
+def test_says_where_dense_is_faster(call: Call, tiny_hub: Path, tmp_path: Path) -> None:
+    options = ("--format", "w4a8g64_sp", "--sparsity", "0.5", "--machine", "avx2")
+    status, out, err = call("compress", tiny_hub, tmp_path / "a", *options, "--json")
+    assert status == 0, err
+    (row,) = json.loads(out)["dense_instead"]
+    assert (row["format"], row["instead_of"]) == ("w4a8g64", "w4a8g64_sp")
+    assert 0.4 < row["density"] <= 0.51
+    status, _, err = call("compress", tiny_hub, tmp_path / "b", *options)
+    assert "w4a8g64 instead of w4a8g64_sp" in err
+    assert "avx2" in err
+    status, _, err = call("compress", tiny_hub, tmp_path / "c", "--machine", "neon")
+    assert status == 1
+    assert "avx512, avx2, scalar" in err

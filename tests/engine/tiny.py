@@ -41,7 +41,7 @@ def tiny_tensors(format: str, seed: int = 0) -> dict[str, Any]:
             continue
         weight = rng.standard_normal(shape).astype(np.float32) * 3 / np.sqrt(shape[1])
         head = "embed_tokens" in name and format != "bf16"
-        sparsity = 0.5 if format.endswith("_sp") and not head else None
+        sparsity = 0.5 if formats.FORMATS[format].sparse and not head else None
         tensors[name] = formats.pack(weight, "w8a8g32" if head else format, sparsity=sparsity)
     return tensors
 

@@ -22,10 +22,18 @@ def random_codes(fmt: Format, n: int, k: int, seed: int = 0, density: float = 0.
     rng = np.random.default_rng([seed, n, k])
     if fmt.group_size == 0:
         values = rng.standard_normal((n, k)).astype(np.float32)
-        return Codes((values.view(np.uint32) >> 16).astype(np.uint16))
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        if fmt.sparse:
+            bits[rng.random((n, k)) >= density] = 0
+        return Codes(bits)
     q = rng.integers(0, fmt.max_code + 1, (n, k)).astype(np.uint8)
     if fmt.sparse:
         q[rng.random((n, k)) >= density] = fmt.zero_point
+    if fmt.name.endswith("_24"):
+        for row in q:
+            for i in range(0, k, 4):
+                there = np.flatnonzero(row[i : i + 4] != fmt.zero_point)
+                row[i + rng.permutation(there)[2:]] = fmt.zero_point
     groups = math.ceil(k / fmt.group_size)
     scales = rng.standard_normal((n, groups)).astype(np.float16)
     mins = rng.standard_normal((n, groups)).astype(np.float16) if fmt.asymmetric else None
@@ -40,7 +48,9 @@ class Lookup:
         self.n, self.k = codes.q.shape
         self.strips = math.ceil(self.n / 16)
         self.groups = math.ceil(self.k / (fmt.group_size or 2))
-        multiple = {"bf16": 2, "w8a8": 64, "w1.6a8": 320}.get(fmt.name, fmt.group_size)
+        multiple = {"bf16": 2, "bf16_sp": 64, "w8a8": 64, "w1.6a8": 320}.get(
+            fmt.name, fmt.group_size
+        )
         self.k_pad = math.ceil(self.k / multiple) * multiple
 
     def code(self, o: int, i: int) -> int:
@@ -57,6 +67,8 @@ def parts(fmt: Format, codes: Codes) -> dict[str, bytes]:
     w = Lookup(fmt, codes)
     if fmt.name == "bf16":
         return {"values": bf16(w)}
+    if fmt.name.endswith("_24"):
+        return {"records": records_24(w)}
     if fmt.sparse:
         return stream(w)
     if fmt.name == "w1.6a8":
@@ -173,8 +185,8 @@ def stream(w: Lookup) -> dict[str, bytes]:
     out = bytearray()
     offsets = [0]
     for s in range(w.strips):
-        for j in range(w.groups):
-            out += record(w, s, j)
+        for j in range(math.ceil(w.k / 64)):
+            out += record(w, s, j) if w.fmt.group_size else bf16_record(w, s, j)
         out += bytes(-len(out) % 64)
         offsets.append(len(out))
     out += bytes(64)
@@ -202,6 +214,49 @@ def record(w: Lookup, s: int, j: int) -> bytes:
         low, high = (v + [0] * (length - len(v)) for v in values)
         body = bytes(a | b << 4 for a, b in zip(low, high, strict=True))
     return bytes(head) + body + bytes(len(body) % 2)
+
+
+def bf16_record(w: Lookup, s: int, j: int) -> bytes:
+    head, values = bytearray(), bytearray()
+    for b in range(32):
+        word = 0
+        for o in range(16):
+            for i in range(2):
+                value = w.code(16 * s + o, 64 * j + 2 * b + i)
+                if value != 0:
+                    word |= 1 << (2 * o + i)
+                    values += struct.pack("<H", value)
+        head += struct.pack("<I", word)
+    return bytes(head + values)
+
+
+def records_24(w: Lookup) -> bytes:
+    out = bytearray()
+    for s in range(w.strips):
+        for j in range(w.groups):
+            out += record_24(w, s, j)
+    return bytes(out)
+
+
+def record_24(w: Lookup, s: int, j: int) -> bytes:
+    zero = w.fmt.zero_point
+    bitmaps, codes = bytearray(), []
+    for b in range(16):
+        word = 0
+        for o in range(16):
+            four = [w.code(16 * s + o, 64 * j + 4 * b + i) for i in range(4)]
+            stored = [i for i in range(4) if four[i] != zero]
+            absent = [i for i in range(4) if four[i] == zero]
+            stored = sorted(stored + absent[: 2 - len(stored)])
+            assert len(stored) == 2
+            for i in stored:
+                word |= 1 << (4 * o + i)
+                codes.append(four[i])
+        bitmaps += struct.pack("<Q", word)
+    if w.fmt.weight_bits == 4:
+        codes = [low | high << 4 for low, high in zip(codes[:256], codes[256:], strict=True)]
+    scales = b"".join(w.f16(w.codes.scales, 16 * s + o, j) for o in range(16))
+    return bytes(codes) + bytes(bitmaps) + scales
 
 
 def quantize_group(x: list[np.float32]) -> tuple[list[int], np.float32, int]:

@@ -14,7 +14,9 @@ from lacewing.formats import FORMATS, Codes, Format, PackedTensor, get_format, p
 from tests.formats import naive
 
 EACH = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
-SPARSE = pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.sparse], ids=str)
+STREAMS = pytest.mark.parametrize(
+    "fmt", [f for f in FORMATS.values() if "stream" in f.part_names], ids=str
+)
 HEAD = 160
 
 
@@ -108,7 +110,7 @@ def test_parts_of_another_shape_or_type(fmt: Format) -> None:
         (with_part(packed, first, part.reshape(-1)[None]), "must have shape"),
         (with_part(packed, first, np.repeat(part, 2, axis=0)[::2]), "contiguous"),
     ]
-    if not fmt.sparse:
+    if "stream" not in fmt.part_names:
         wrong.append((PackedTensor(fmt.name, (20, 600), packed.parts), "must have shape"))
     for tensor, message in wrong:
         with pytest.raises(FormatError, match=message):
@@ -159,12 +161,16 @@ HOSTILE: list[tuple[str, Callable[[Any, Any], tuple[Any, Any]], str]] = [
     ("truncated", lambda s, o: (s[:-64], o), "stream must have"),
     ("too long", lambda s, o: (np.append(s, s[:64]), o), "stream must have"),
     ("empty", lambda s, o: (s[:0], o), "stream must have"),
-    ("strip too short for its heads", lambda s, o: (s, o * [0, 0, 1, 1]), "needs at least 320"),
+    (
+        "strip too short for its heads",
+        lambda s, o: (s, o * [0, 0, 1, 1]),
+        "needs at least (320|256)",
+    ),
     ("strip too long", lambda s, o: (s, add(o, [0, 64, 0, 0])), "must end at|beyond its strip"),
     ("end too far", lambda s, o: (np.append(s, s[-64:]), add(o, [0, 0, 0, 64])), "must end at"),
     ("strip too short", lambda s, o: (s, add(o, [0, -64, 0, 0])), "beyond its strip"),
-    ("fewer bits", lambda s, o: (poke_all(s, 32, 160, 0), o), r"beyond its strip|must end at byte"),
-    ("all bits", lambda s, o: (poke_all(s, 32, 160, 255), o), r"beyond its strip|must end at"),
+    ("fewer bits", lambda s, o: (poke_all(s, 32, 128, 0), o), r"beyond its strip|must end at byte"),
+    ("all bits", lambda s, o: (poke_all(s, 32, 128, 255), o), r"beyond its strip|must end at"),
 ]
 
 
@@ -173,7 +179,7 @@ def poke_all(stream: Any, begin: int, end: int, value: int) -> Any:
     return stream
 
 
-@SPARSE
+@STREAMS
 @pytest.mark.parametrize(
     ("change", "message"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE]
 )
@@ -192,7 +198,7 @@ def test_zeros_that_are_stored() -> None:
         fmt.unpack(packed)
 
 
-@SPARSE
+@STREAMS
 def test_random_bytes(fmt: Format) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -200,3 +206,42 @@ def test_random_bytes(fmt: Format) -> None:
         offsets = np.array([0, 64 * 29], np.int64)
         with pytest.raises(FormatError):
             fmt.unpack(PackedTensor(fmt.name, (16, 512), {"stream": stream, "offsets": offsets}))
+
+
+# -- 2:4 ------------------------------------------------------------------------------------------
+
+OF_24 = pytest.mark.parametrize("name", ["w8a8g64_24", "w4a8g64_24"])
+
+
+@OF_24
+def test_more_than_two_of_four(name: str) -> None:
+    fmt = get_format(name)
+    codes = naive.random_codes(fmt, 20, 70)
+    codes.q[18, 68:] = 0  # two of a short four: fits
+    fmt.pack(codes)
+    codes.q[17, 5:8] = 0
+    codes.q[17, 4] = fmt.zero_point
+    with pytest.raises(FormatError, match=r"2 of 4 .* got 3 in row 17, inputs 4\.\.7") as caught:
+        fmt.pack(codes)
+    assert caught.value.hint
+
+
+@OF_24
+@pytest.mark.parametrize("bits", [0x1, 0x7, 0xF])
+def test_bitmaps_without_two_of_four(name: str, bits: int) -> None:
+    fmt = get_format(name)
+    packed = fmt.pack(naive.random_codes(fmt, 40, 128))
+    records = packed.parts["records"].copy()
+    bitmaps = records[1, 1, -160:]  # strip 1, group 1: block 3 is its 19th
+    bitmaps[8 * 3] = (bitmaps[8 * 3] & 0xF0) | bits  # outputs 0 and 1
+    with pytest.raises(FormatError, match=r"2 of every 4 bits set, got \d in block 19, output 0"):
+        fmt.unpack(PackedTensor(name, (40, 128), {"records": records}))
+
+
+@OF_24
+def test_the_pattern_prescribes_the_sparsity(name: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 64))
+    pack(weight, name, 0.5)
+    with pytest.raises(FormatError, match=r"exactly half .* got sparsity 0\.7") as caught:
+        pack(weight, name, 0.7)
+    assert "_sp" in str(caught.value.hint)

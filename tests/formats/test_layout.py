@@ -47,7 +47,7 @@ def test_unpack_returns_the_codes(fmt: Format, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 1.0])
-@pytest.mark.parametrize("name", ["w8a8g64_sp", "w4a8g64_sp"])
+@pytest.mark.parametrize("name", ["w8a8g64_sp", "w4a8g64_sp", "bf16_sp"])
 def test_sparse_streams_of_any_density(name: str, density: float) -> None:
     fmt = get_format(name)
     codes = naive.random_codes(fmt, 35, 200, seed=2, density=density)
@@ -114,6 +114,8 @@ def test_absurd_shapes_have_sizes_without_overflow(fmt: Format) -> None:
         ("w1.6a8", 1.65),
         ("w4a8g32z", 5),
         ("w5a8g32z", 6),
+        ("w8a8g64_24", 5.25),
+        ("w4a8g64_24", 3.25),
     ],
 )
 def test_bits_per_weight(name: str, bits: float) -> None:
@@ -126,13 +128,16 @@ def test_bits_per_weight(name: str, bits: float) -> None:
     assert padded.bits_per_weight == pytest.approx(16 * bits)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("w8a8g64_sp", 8), ("w4a8g64_sp", 4)])
-def test_bits_per_weight_of_sparse_formats(name: str, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "bits", "head"),
+    [("w8a8g64_sp", 8, 1.25), ("w4a8g64_sp", 4, 1.25), ("bf16_sp", 16, 1)],
+)
+def test_bits_per_weight_of_sparse_formats(name: str, bits: int, head: float) -> None:
     fmt = get_format(name)
     weight = np.random.default_rng(0).standard_normal((64, 1024), np.float32)
     for sparsity in (0.5, 0.75):
         packed = fmt.pack(fmt.round(weight, sparsity))
-        want = 1.25 + bits * (1 - sparsity)
+        want = head + bits * (1 - sparsity)
         # Two cursors and padding cost a little.
         assert packed.bits_per_weight == pytest.approx(want, rel=0.04)
 

@@ -9,7 +9,7 @@ import pytest
 
 from lacewing.errors import FormatError
 from lacewing.formats import FORMATS, get_format, pack
-from lacewing.formats.prune import magnitude_mask, prune_rows
+from lacewing.formats.prune import largest_of, magnitude_mask
 
 f32 = np.float32
 
@@ -24,7 +24,8 @@ def test_the_number_per_row_is_exact(k: int, sparsity: float) -> None:
 
 def test_the_smallest_go() -> None:
     rows = np.array([[3, -1, 0.5, -4], [0, 2, -2.5, 1]], f32)
-    assert prune_rows(rows, 0.5).tolist() == [[3, 0, 0, -4], [0, 2, -2.5, 0]]
+    kept = np.where(magnitude_mask(rows, 0.5), rows, f32(0))
+    assert kept.tolist() == [[3, 0, 0, -4], [0, 2, -2.5, 0]]
 
 
 def test_of_equal_magnitudes_the_earlier_go() -> None:
@@ -52,7 +53,9 @@ def test_sparsity_out_of_range(sparsity: float) -> None:
         pack(np.ones((4, 4)), "w8a8g64_sp", sparsity)
 
 
-@pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if f.holds_zero])
+@pytest.mark.parametrize(
+    "name", [f.name for f in FORMATS.values() if f.holds_zero and not f.fixed_sparsity]
+)
 def test_pruned_weights_are_zero_in_every_format_that_can_hold_them(name: str) -> None:
     fmt = get_format(name)
     weight = np.random.default_rng(2).standard_normal((6, 100), f32)
@@ -73,3 +76,29 @@ def test_without_sparsity_only_zeros_are_absent() -> None:
     codes = get_format("w8a8g64_sp").round(weight)
     assert ((codes.q == 128) == (np.abs(weight) < 0.01)).mean() > 0.98
     assert (codes.q[:, ::2] == 128).all()
+
+
+@pytest.mark.parametrize("name", ["w8a8g64_24", "w4a8g64_24"])
+@pytest.mark.parametrize("k", [1, 3, 64, 70])
+def test_two_of_four_are_the_largest(name: str, k: int) -> None:
+    fmt = get_format(name)
+    weight = np.random.default_rng(4).standard_normal((9, k), f32)
+    kept = fmt.dequantize(fmt.round(weight)) != 0
+    for row, there in zip(weight, kept, strict=True):
+        for i in range(0, k, 4):
+            largest = sorted(range(i, min(i + 4, k)), key=lambda at: -abs(row[at]))[:2]
+            assert set(np.flatnonzero(there[i : i + 4]) + i) <= set(largest)
+    assert kept.mean() > 0.4  # 4 bits round some of them to zero
+
+
+def test_ties_of_four() -> None:
+    rows = np.array([[1, -1, 1, 1, 0, 0, 0, 2, 5, 5, 5]], f32)
+    want = [[0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1]]
+    assert largest_of(rows, 2, 4).astype(int).tolist() == want
+
+
+def test_a_weight_that_fits_the_pattern_is_not_pruned() -> None:
+    weight = np.random.default_rng(5).standard_normal((8, 128), f32)
+    weight[:, 0::4] = weight[:, 2::4] = 0
+    sparse, dense = get_format("w8a8g64_24"), get_format("w8a8g64")
+    assert np.array_equal(sparse.round(weight).q, dense.round(weight).q)

@@ -24,17 +24,23 @@ def random_packed(name: str, n: int, k: int, seed: int = 0) -> PackedTensor:
     a group of nothing but zero weights, half of a sparse tensor's weights masked."""
     fmt = get_format(name)
     rng = np.random.default_rng([seed, n, k])
+    kept = np.ones((n, k), np.bool_)
+    if fmt.sparse:
+        mask = fmt.mask(rng.random((n, k), np.float32), fmt.fixed_sparsity or 0.5)
+        assert mask is not None
+        kept = mask
     if fmt.group_size == 0:
         values = rng.standard_normal((n, k)).astype(np.float32).view(np.uint32) >> 16
-        return fmt.pack(Codes(values.astype(np.uint16)))
+        return fmt.pack(Codes(np.where(kept, values, 0).astype(np.uint16)))
     top = fmt.max_code
     q = rng.integers(0, top + 1, (n, k)).astype(np.uint8)
     q[0] = np.where(np.arange(k) % 2, top, 0)
     q[-1] = top
     q[n // 2] = 0
     if fmt.sparse:
-        q[rng.random((n, k)) < 0.5] = fmt.zero_point
+        q[~kept] = fmt.zero_point
         q[:, : fmt.group_size] = fmt.zero_point  # a tile with nothing in it
+        q[0, -4:-1] = fmt.zero_point
         q[0, -1] = top
     groups = -(-k // fmt.group_size)
     scales = rng.standard_normal((n, groups)).astype(np.float16)

@@ -20,7 +20,8 @@ from lacewing.formats.base import ROW
 
 F32 = npt.NDArray[np.float32]
 
-INTEGER = [name for name in FORMATS if name != "bf16"]
+INTEGER = [name for name in FORMATS if get_format(name).group_size]
+FLOATS = [name for name in FORMATS if name not in INTEGER]
 MS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 33, 67)
 NS = (1, 16, 17, 48)
 
@@ -69,11 +70,11 @@ def test_threads_do_not_change_a_bit(isa: str, name: str, threads: int) -> None:
         assert np.array_equal(got, one)
 
 
-@pytest.mark.parametrize(("n", "k"), [(n, k) for n in NS for k in depths("bf16")])
-def test_bf16(isa: str, n: int, k: int) -> None:
-    packed, x, _, naive = case("bf16", n, k)
+@pytest.mark.parametrize(("name", "n", "k"), shapes(FLOATS))
+def test_bf16(isa: str, name: str, n: int, k: int) -> None:
+    packed, x, _, naive = case(name, n, k)
     weight = tensor_of(packed)
-    values = get_format("bf16").dequantize(packed)
+    values = get_format(name).dequantize(packed)
     exact = x.astype(np.float64) @ values.T.astype(np.float64)
     scalar = _C.linear(x, weight, isa="scalar", threads=1)
     rounded = _to_bf16(x).astype(np.float64) @ values.T.astype(np.float64)
@@ -82,6 +83,16 @@ def test_bf16(isa: str, n: int, k: int) -> None:
     for m in MS:
         got = _C.linear(x[:m], weight, isa=isa, threads=1)
         assert np.array_equal(got, scalar[:m]), f"m={m}"
+
+
+@pytest.mark.parametrize("m", [1, 8, 19])
+def test_bf16_sp_is_bf16_of_the_pruned_weight(isa: str, m: int) -> None:
+    for n, k in ((17, 65), (48, 1000)):
+        sparse = random_packed("bf16_sp", n, k)
+        dense = get_format("bf16").pack(get_format("bf16_sp").unpack(sparse))
+        x = random_rows(m, k)
+        want = _C.linear(x, tensor_of(dense), isa="scalar", threads=1)
+        assert np.array_equal(_C.linear(x, tensor_of(sparse), isa=isa, threads=1), want)
 
 
 def _to_bf16(x: F32) -> F32:

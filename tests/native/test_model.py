@@ -28,7 +28,7 @@ ARCHITECTURES = ["qwen2", "gemma3", "qwen3"]
 
 def packed_weights(name: str, format: str) -> dict[str, Any]:
     def pack(weight: Array) -> Any:
-        sparsity = 0.5 if format.endswith("_sp") else None
+        sparsity = 0.5 if formats.FORMATS[format].sparse else None
         return formats.pack(weight, format, sparsity=sparsity)
 
     return {k: pack(w) if w.ndim == 2 else w for k, w in tiny_weights(name).items()}

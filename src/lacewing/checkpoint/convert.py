@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lacewing.checkpoint.breakeven import MACHINES
 from lacewing.checkpoint.files import new_directory, write_file
 from lacewing.checkpoint.manifest import (
     MANIFEST,
@@ -91,6 +92,7 @@ def load_model(
     head_format: str | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    machine: str | None = None,
 ) -> PackedModel:
     """Opens any model; packs in memory what is not packed yet.
 
@@ -106,7 +108,7 @@ def load_model(
     reports = []
     with _memory(source):
         for name, value, report in convert(
-            source, chosen, sparsity, head_format, progress, threads
+            source, chosen, sparsity, head_format, progress, threads, machine
         ):
             tensors[name] = value
             reports.append(report)
@@ -134,6 +136,7 @@ def write_packed(
     force: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
+    machine: str | None = None,
 ) -> list[Report]:
     """Converts a model into a packed directory, which appears complete or not at all.
 
@@ -144,10 +147,10 @@ def write_packed(
     UnsupportedModelError, FormatError.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    plan = _plan(opened, format, sparsity, head_format)
+    plan = _plan(opened, format, sparsity, head_format, machine)
     tokenizer = opened.tokenizer
     reports = []
-    stream = convert(opened, format, sparsity, head_format, progress, threads)
+    stream = convert(opened, format, sparsity, head_format, progress, threads, machine)
     with _memory(opened), new_directory(Path(out_dir), MANIFEST, force) as place:
         parts = [f"{name}.{part}" for name in plan for part in ("stream", "offsets")]
         with SafetensorsWriter(place / WEIGHTS, parts, {"format": "lacewing"}) as out:
@@ -179,24 +182,28 @@ def convert(
     head_format: str | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    machine: str | None = None,
 ) -> Iterator[tuple[str, Packed, Report]]:
     """Every tensor of the model, packed, one at a time.
 
     format: a weight format, or `auto` (see above); embedding and head follow it only where it is
     `auto` or `bf16`, unless `head_format` says. sparsity: share of the weights of every other
-    matrix that is dropped, by magnitude. threads: None is one per core, at most 8.
+    matrix that is dropped, by magnitude. threads: None is one per core, at most 8. machine: the
+    class of machines, `avx512`, `avx2` or `scalar`, on which a sparse format must be faster than
+    the dense one of its width, or the dense one takes its place (see `breakeven`); None: where only
+    bytes count.
 
     Raises UnsupportedModelError, CheckpointError (tensors that are not those of the config),
     FormatError (naming the tensor: NaN, a sparsity its format cannot hold).
     """
-    plan = _plan(source, format, sparsity, head_format)
+    plan = _plan(source, format, sparsity, head_format, machine)
     total = sum(math.prod(tensor.shape) for tensor, _ in plan.values())
     done = 0
     waiting: deque[Job] = deque()
     with _pool(threads) as pool:
         for name, (tensor, kind) in plan.items():
             share = None if name in _TABLES else sparsity
-            waiting.append(Job(pool, tensor, kind, share))
+            waiting.append(Job(pool, tensor, kind, share, machine))
             while sum(job.weights for job in waiting) > _AHEAD + waiting[0].weights:
                 job = waiting.popleft()
                 yield job.result()
@@ -226,7 +233,11 @@ def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
 
 
 def _plan(
-    source: Source, format: str, sparsity: float | None, head_format: str | None
+    source: Source,
+    format: str,
+    sparsity: float | None,
+    head_format: str | None,
+    machine: str | None,
 ) -> dict[str, tuple[SourceTensor, Format | None]]:
     """Name -> (tensor, format), everything checked that can be without reading a weight."""
     for name in (format, head_format):
@@ -234,6 +245,8 @@ def _plan(
             get_format(name)
     if sparsity is not None and not 0 <= sparsity < 1:
         raise FormatError(f"sparsity must be in [0, 1), got {sparsity}")
+    if machine not in (None, *MACHINES):
+        raise FormatError(f"`machine` must be one of {', '.join(MACHINES)}, got {machine!r}")
     plan: dict[str, tuple[SourceTensor, Format | None]] = {}
     for name in source.spec.tensor_shapes():
         tensor = source.tensors[name]
@@ -255,7 +268,7 @@ def _choose(tensor: SourceTensor, format: str, head_format: str | None) -> Forma
     if tensor.name in _TABLES:
         if head_format is not None:
             chosen = head_format
-        elif format not in (AUTO, "bf16"):
+        elif format not in (AUTO, "bf16", "bf16_sp"):
             chosen = _FLOATS_TO
     if chosen == AUTO:
         chosen = tensor.own_format or _FLOATS_TO

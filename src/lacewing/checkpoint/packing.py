@@ -8,14 +8,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lacewing.checkpoint.breakeven import dense_twin, pays
 from lacewing.checkpoint.manifest import VECTOR
 from lacewing.checkpoint.tensors import F32, SourceTensor
 from lacewing.errors import FormatError, LacewingError
-from lacewing.formats import FORMATS, Codes, Format, PackedTensor
+from lacewing.formats import Codes, Format, PackedTensor
 from lacewing.formats.base import aligned_empty, row_chunks
 from lacewing.formats.tiles import STRIP
 
@@ -38,6 +39,11 @@ class Report:
     error: float
     """Added by rounding: ‖w - w'‖ / ‖w‖, against what the source says w is."""
     exact: bool
+    instead_of: str | None = None
+    """The sparse format that was asked for, where `format` is its dense twin because so many
+    weights are not zero that the sparse one would be larger or slower."""
+    density: float | None = None
+    """Share of the weights that are not zero, where a sparse format was asked for."""
 
 
 @contextmanager
@@ -67,9 +73,11 @@ class Job:
         tensor: SourceTensor,
         kind: Format | None,
         sparsity: float | None,
+        machine: str | None = None,
     ) -> None:
         self.tensor = tensor
         self.kind = kind
+        self.machine = machine
         self.weights = math.prod(tensor.shape)
         self._packed = tensor.packed() if kind is not None and sparsity is None else None
         if self._packed is not None and kind is not None and self._packed.format != kind.name:
@@ -96,11 +104,24 @@ class Job:
         pieces = [future.result() for future in self._pieces]
         self._pieces = []
         self.tensor.release()
-        packed = _denser(self.kind, self._join.finish(self.kind))
+        density = sum(p.kept for p in pieces) / self.weights if self.kind.sparse else None
+        packed = self._faster(self._join.finish(self.kind), density)
         lost, whole = sum(p.lost for p in pieces), sum(p.whole for p in pieces)
         error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
         exact = all(p.exact for p in pieces)
-        return name, packed, self._report(packed.format, packed.nbytes, error, exact)
+        instead_of = None if packed.format == self.kind.name else self.kind.name
+        report = self._report(packed.format, packed.nbytes, error, exact)
+        return name, packed, replace(report, instead_of=instead_of, density=density)
+
+    def _faster(self, packed: PackedTensor, density: float | None) -> PackedTensor:
+        """The same weights in the dense format of the same width, where that is faster or takes no
+        more bytes: a sparse weight is never slower than a dense one. Every product is the same."""
+        if density is None or pays(packed, density, self.machine):
+            return packed
+        assert self.kind is not None
+        twin = dense_twin(self.kind)
+        assert twin is not None
+        return twin.pack(self.kind.unpack(packed))
 
     def _report(self, format: str, nbytes: int, error: float, exact: bool) -> Report:
         tensor = self.tensor
@@ -130,11 +151,13 @@ class Job:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Squared norms of what rounding took away and of the weights, of one run of rows."""
+    """Of one run of rows: squared norms of what rounding took away and of the weights, and how many
+    weights are not zero."""
 
     lost: float
     whole: float
     exact: bool
+    kept: int
 
 
 def _round(
@@ -147,7 +170,7 @@ def _round(
             own = tensor.codes(begin, end)
         if own is not None and own[0] == kind.name:
             _check_finite_bits(own[1])
-            return own[1], _Piece(0.0, 0.0, True)
+            return own[1], _Piece(0.0, 0.0, True, _kept(kind, own[1]))
     weights = tensor.dequantize(begin, end)
     near = tensor.near_codes(begin, end) if not sparsity else None
     codes = near[1] if near is not None and near[0] == kind.name else None
@@ -156,7 +179,12 @@ def _round(
     lost = kind.dequantize(codes)
     lost -= weights
     missing = _square(lost)
-    return codes, _Piece(missing, _square(weights), missing == 0 and not lost.any())
+    exact = missing == 0 and not lost.any()
+    return codes, _Piece(missing, _square(weights), exact, _kept(kind, codes))
+
+
+def _kept(kind: Format, codes: Codes) -> int:
+    return int(np.count_nonzero(codes.q != kind.zero_point)) if kind.sparse else codes.q.size
 
 
 def _square(weights: F32) -> float:
@@ -171,18 +199,6 @@ def _check_finite_bits(codes: Codes) -> None:
             "needs finite weights, got NaN or infinity",
             hint="the model file is damaged, or its training diverged",
         )
-
-
-def _denser(kind: Format, packed: PackedTensor) -> PackedTensor:
-    """The same weights in the dense format of the same width, where that takes no more bytes: a
-    sparse weight is never slower than a dense one. Every product is the same."""
-    twin = FORMATS.get(kind.name.removesuffix("_sp"))
-    if not kind.sparse or twin is None:
-        return packed
-    sizes = twin.expected_part_bytes(*packed.shape).values()
-    if packed.nbytes < sum(size or 0 for size in sizes):
-        return packed
-    return twin.pack(kind.unpack(packed))
 
 
 class _DenseJoin:
@@ -204,7 +220,7 @@ class _DenseJoin:
         return PackedTensor(kind.name, self._shape, self._parts)
 
 
-class _SparseJoin:
+class _StreamJoin:
     """Streams are laid end to end, without the zeros that follow the last strip of each."""
 
     def __init__(self, kind: Format, n: int, k: int) -> None:
@@ -232,5 +248,5 @@ class _SparseJoin:
         return PackedTensor(kind.name, self._shape, parts)
 
 
-def _joiner(kind: Format, n: int, k: int) -> _DenseJoin | _SparseJoin:
-    return _SparseJoin(kind, n, k) if kind.sparse else _DenseJoin(kind, n, k)
+def _joiner(kind: Format, n: int, k: int) -> _DenseJoin | _StreamJoin:
+    return _StreamJoin(kind, n, k) if "stream" in kind.part_names else _DenseJoin(kind, n, k)

@@ -65,7 +65,7 @@ def kernels(
     rows: Annotated[int, typer.Option("--rows", "-m", min=1, help="Tokens at once.")] = 1,
     threads: Threads = None,
     isa: Annotated[str | None, typer.Option(help="Instruction set; default: the best.")] = None,
-    sparsity: Annotated[float, typer.Option(min=0, max=0.99, help="Zeros in _sp formats.")] = 0.5,
+    sparsity: Annotated[float, typer.Option(min=0, max=0.99, help="Zeros where sparse.")] = 0.5,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds per row.")] = 0.5,
     as_json: Json = False,
 ) -> None:

@@ -25,6 +25,13 @@ def compress(
         str | None,
         typer.Option(help="Format of embedding and head.", show_default="8 bits, or as --format"),
     ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="avx512, avx2 or scalar: where a sparse format must be faster than a dense one.",
+            show_default="this one",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -35,8 +42,11 @@ def compress(
     import time
 
     from lacewing.checkpoint import write_packed
-    from lacewing.cli.opening import roundings
+    from lacewing.cli.opening import dense_instead, roundings
+    from lacewing.native import check_isa, compiled
 
+    check_isa()
+    target = machine or compiled().default_isa()
     start = time.perf_counter()
     with screen.progress(f"packing {Path(source).name}") as advance:
         reports = write_packed(
@@ -46,12 +56,19 @@ def compress(
             sparsity=sparsity,
             head_format=head_format,
             force=force,
+            machine=target,
             progress=lambda name, done, total: advance(done, total, name),
         )
     seconds = time.perf_counter() - start
     rows = roundings(reports)
     if as_json:
-        found = {"out": out, "seconds": seconds, "formats": [row.as_dict() for row in rows]}
+        found = {
+            "out": out,
+            "seconds": seconds,
+            "machine": target,
+            "formats": [row.as_dict() for row in rows],
+            "dense_instead": dense_instead(reports),
+        }
         screen.print_json(found)
         return
     screen.print_table(
@@ -69,5 +86,10 @@ def compress(
             for row in rows
         ],
     )
+    for row in dense_instead(reports):
+        screen.note(
+            f"{row['tensors']} tensors are {row['format']} instead of {row['instead_of']}: up to"
+            f" {row['density']:.0%} of their weights are not zero, too many to pay on {target}"
+        )
     total = screen.bytes_text(sum(row.bytes for row in rows))
     screen.note(f"{out}: {total} in {seconds:.1f} s. Run it: lacewing run {out}")

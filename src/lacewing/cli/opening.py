@@ -65,7 +65,10 @@ def open_llm(model: str | None, format: str, threads: int | None = None, **optio
     start = time.perf_counter()
     with screen.progress(f"packing {path.name}") as advance:
         packed = load_model(
-            path, format, progress=lambda name, done, total: advance(done, total, name)
+            path,
+            format,
+            progress=lambda name, done, total: advance(done, total, name),
+            machine=compiled().default_isa(),
         )
     llm = LLM.from_model(packed, threads, **options)
     seconds = time.perf_counter() - start
@@ -137,6 +140,20 @@ def roundings(reports: Iterable[Report]) -> list[Rounding]:
         key = (report.source, report.format)
         found.setdefault(key, Rounding(*key)).add(report)
     return sorted(found.values(), key=lambda rounding: -rounding.bytes)
+
+
+def dense_instead(reports: Iterable[Report]) -> list[dict[str, Any]]:
+    """Tensors that are dense although a sparse format was asked for, per pair of formats, with the
+    largest share of weights that are not zero."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for report in reports:
+        if report.instead_of is None:
+            continue
+        empty = {"format": report.format, "instead_of": report.instead_of, "tensors": 0}
+        row = found.setdefault((report.format, report.instead_of), {**empty, "density": 0.0})
+        row["tensors"] += 1
+        row["density"] = max(row["density"], report.density or 0.0)
+    return list(found.values())
 
 
 def added_error(reports: Iterable[Report]) -> list[str]:

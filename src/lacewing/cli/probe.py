@@ -22,13 +22,14 @@ def random_codes(name: str, n: int, k: int, sparsity: float = 0.5, seed: int = 0
     """Codes of a `[n, k]` weight that covers the whole range of the format."""
     form = formats.get_format(name)
     random = np.random.default_rng(seed)
+    values = random.standard_normal((n, k), dtype=np.float32)
+    kept = form.mask(values, form.fixed_sparsity or sparsity) if form.sparse else None
     if form.group_size == 0:
-        values = random.standard_normal((n, k), dtype=np.float32)
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return Codes(bits, None, None)
+        return Codes(bits if kept is None else np.where(kept, bits, np.uint16(0)), None, None)
     codes = random.integers(0, form.max_code + 1, (n, k), dtype=np.uint8)
-    if form.sparse:
-        codes[random.random((n, k), dtype=np.float32) < sparsity] = form.zero_point
+    if kept is not None:
+        codes[~kept] = form.zero_point
     groups = -(-k // form.group_size)
     scales = (0.005 + 0.01 * random.random((n, groups))).astype(np.float16)
     minima = (-8 * scales.astype(np.float32)).astype(np.float16) if form.asymmetric else None

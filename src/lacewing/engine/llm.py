@@ -116,12 +116,13 @@ class LLM:
         # Not at the top: what needs only SamplingParams should not wait for the tokenizer.
         from lacewing.checkpoint import load_model, open_source
         from lacewing.engine.runner import plan_cache
-        from lacewing.native import check_isa, check_threads
+        from lacewing.native import check_isa, check_threads, compiled
 
         check_isa(isa)  # what is wrong with the options is said before a weight is read
         check_threads(threads)
         plan_cache(open_source(path).spec, max_context)
-        self._load(load_model(path, format), threads, max_context, isa)
+        machine = isa or compiled().default_isa()
+        self._load(load_model(path, format, machine=machine), threads, max_context, isa)
 
     @classmethod
     def from_model(

@@ -13,6 +13,9 @@
     w5a8g32z    5 bits, scale and minimum            6
     w8a8g64_sp  8 bits per non-zero weight           1.25 + 8 * density
     w4a8g64_sp  4 bits per non-zero weight           1.25 + about 4 * density
+    bf16_sp     16 bits per non-zero weight          1 + 16 * density
+    w8a8g64_24  8 bits, two of every four weights    5.25
+    w4a8g64_24  4 bits, two of every four weights    3.25
 
 `docs/concepts/formats.md` shows the bytes.
 """
@@ -29,7 +32,8 @@ from lacewing.formats.base import ROW, Codes, Format, PackedTensor
 from lacewing.formats.bf16 import Bf16
 from lacewing.formats.dense import W4, W8
 from lacewing.formats.narrow import W2, W3, Ternary
-from lacewing.formats.sparse import W4sp, W8sp
+from lacewing.formats.nm import W4of24, W8of24
+from lacewing.formats.sparse import Bf16sp, W4sp, W8sp
 
 __all__ = ["FORMATS", "Codes", "Format", "PackedTensor", "get_format", "pack", "quantize_rows"]
 
@@ -48,6 +52,9 @@ _ALL: tuple[Format, ...] = (
     W5z(),
     W8sp(64),
     W4sp(64),
+    Bf16sp(),
+    W8of24(),
+    W4of24(),
 )
 
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}

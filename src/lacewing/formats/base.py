@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lacewing.errors import FormatError
 from lacewing.formats.activations import quantize_rows
-from lacewing.formats.prune import prune_rows
+from lacewing.formats.prune import magnitude_mask
 from lacewing.formats.tiles import STRIP, ceil_to
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 Array = npt.NDArray[Any]
 
 ALIGNMENT = 64
@@ -104,6 +105,9 @@ class Format(ABC):
     """`weight = scale * (code_step * code - zero_point)`: 2 for levels between which zero lies."""
     asymmetric: bool = False
     sparse: bool = False
+    """Zero weights are left out: a weight is absent when its code is the zero point."""
+    fixed_sparsity: float | None = None
+    """The share of zeros that the format's pattern prescribes, which `round` then brings about."""
     part_dtypes: ClassVar[Mapping[str, np.dtype[Any]]]
     code_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.uint8)
     input_multiple: int
@@ -225,10 +229,18 @@ class Format(ABC):
         for begin, end in row_chunks(n, k):
             rows = np.ascontiguousarray(w[begin:end], dtype=np.float32)
             _check_finite(self.name, rows, begin)
-            if sparsity is not None:
-                rows = prune_rows(rows, sparsity)
+            mask = self.mask(rows, sparsity)
+            if mask is not None:
+                rows = np.where(mask, rows, np.float32(0))
             self._round_rows(rows, out.rows(begin, end), begin)
         return out
+
+    def mask(self, rows: F32, sparsity: float | None) -> Bools | None:
+        """True for the weights of `rows` `[r, k]`, whole strips, that pruning keeps; None: all.
+
+        Raises FormatError for a sparsity that the format cannot have.
+        """
+        return None if sparsity is None else magnitude_mask(rows, sparsity)
 
     @abstractmethod
     def _round_rows(self, rows: F32, out: Codes, first_row: int) -> None:

@@ -20,7 +20,7 @@ F64 = npt.NDArray[np.float64]
 U16 = npt.NDArray[np.uint16]
 Array = npt.NDArray[Any]
 
-VALUES = {"values": np.dtype(np.uint16)}
+VALUES: Mapping[str, np.dtype[Any]] = {"values": np.dtype(np.uint16)}
 
 
 def f32_to_bf16(values: F32) -> U16:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from lacewing.errors import FormatError
 
-__all__ = ["magnitude_mask", "prune_rows"]
+__all__ = ["largest_of", "magnitude_mask"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -36,6 +36,14 @@ def magnitude_mask(rows: F32, sparsity: float) -> npt.NDArray[np.bool_]:
     return keep
 
 
-def prune_rows(rows: F32, sparsity: float) -> F32:
-    """A copy of `rows` with the weights that `magnitude_mask` drops set to zero."""
-    return np.where(magnitude_mask(rows, sparsity), rows, np.float32(0))
+def largest_of(rows: F32, kept: int, of: int) -> npt.NDArray[np.bool_]:
+    """True for the `kept` weights of largest magnitude in every `of` consecutive inputs of `rows`
+    `[n, k]`; of equal magnitudes the earlier inputs go first. What a short last run lacks counts as
+    smaller than any weight."""
+    n, k = rows.shape
+    size = np.full((n, -(-k // of) * of), -1, np.float32)
+    np.abs(rows, out=size[:, :k])
+    order = np.argsort(size.reshape(n, -1, of), axis=2, kind="stable")
+    keep = np.zeros(order.shape, np.bool_)
+    np.put_along_axis(keep, order[:, :, of - kept :], True, axis=2)
+    return keep.reshape(n, -1)[:, :k]

@@ -27,10 +27,10 @@ Ternary: the best of all scales, since the weights that are not zero are the lar
 scale is their mean: 43.6 % on Gaussian rows, 51.4 % on Laplace ones. BitNet's mean of |w|, made for
 training, leaves 51.3 % and 62.8 %.
 
-8 bits: the best of five codes for the extreme, without a refit. Share of max|w| -> 127, Gaussian and
-Laplace: 0.84 and 0.85 by groups of 32, 0.89 and 0.90 by 64 (127 and -128 alone: 0.91 and 0.92, 0.93
-and 0.94). Weights on a symmetric grid whose extreme code is 7 or -8 (127 or -128) are found again
-exactly.
+8 bits: the best of five codes for the extreme, without a refit. Share of max|w| -> 127, Gaussian
+and Laplace: 0.84 and 0.85 by groups of 32, 0.89 and 0.90 by 64 (127 and -128 alone: 0.91 and 0.92,
+0.93 and 0.94). Weights on a symmetric grid whose extreme code is 7 or -8 (127 or -128) are found
+again exactly.
 
 Asymmetric: a range a little wider or narrower than max - min, then the least-squares scale and
 minimum. Share of min/max: 0.83 (Gaussian, Laplace, and SmolLM2's embedding; 4 and 5 bits), with one

@@ -1,11 +1,13 @@
-"""w8a8g64_sp and w4a8g64_sp: unstructured sparse integer weights, one stream of records.
+"""bf16_sp, w8a8g64_sp and w4a8g64_sp: unstructured sparse weights, one stream of records.
 
-Part `stream`: a strip of 16 outputs is a run of records, one per group of 64 inputs, back to back:
+Part `stream`: a strip of 16 outputs is a run of records, one per 64 inputs, back to back:
 
-    32 B    f16 scales[16]
+    32 B    f16 scales[16] of the group (not in bf16_sp)
     128 B   bitmaps: for each of the 16 VNNI blocks of the group a little-endian 64-bit word, whose
-            bit 4*o + i is set where the weight of output o and input 4b + i is not zero
-    values  w8: one byte per set bit, in block order, then ascending bit order
+            bit 4*o + i is set where the weight of output o and input 4b + i is not zero;
+            bf16: for each of 32 blocks a 32-bit word, bit 2*o + i for input 2b + i
+    values  bf16: two bytes per set bit, in block order, then ascending bit order
+            w8: one byte per set bit, in the same order
             w4: two cursors over the same bytes: blocks 0..7 fill the low nibbles, blocks 8..15 the
             high nibbles; as many bytes as the longer of the two needs
     padded with a zero byte to an even length
@@ -25,12 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lacewing.errors import FormatError
-from lacewing.formats.base import CHUNK, Codes, PackedTensor, aligned_empty
+from lacewing.formats.base import CHUNK, Codes, Format, PackedTensor, aligned_empty
+from lacewing.formats.bf16 import Bf16
 from lacewing.formats.dense import Symmetric
 from lacewing.formats.tiles import (
     STRIP,
-    bits_from_words,
-    bits_to_words,
     ceil_to,
     from_tiles,
     strips,
@@ -38,8 +39,9 @@ from lacewing.formats.tiles import (
     to_tiles,
 )
 
-__all__ = ["Sparse", "W4sp", "W8sp"]
+__all__ = ["Bf16sp", "Stream", "W4sp", "W8sp"]
 
+F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -49,23 +51,31 @@ STREAM_AND_OFFSETS: Mapping[str, np.dtype[Any]] = {
     "stream": np.dtype(np.uint8),
     "offsets": np.dtype(np.int64),
 }
+RECORD_INPUTS = 64
+RECORD_ITEMS = STRIP * RECORD_INPUTS
 SCALE_BYTES = 2 * STRIP
-BITMAP_BYTES = 128
-HEAD_BYTES = SCALE_BYTES + BITMAP_BYTES
+BITMAP_BYTES = RECORD_ITEMS // 8
 TAIL_BYTES = 64
 """Zero bytes after the last strip."""
+NEGATIVE_ZERO = 0x8000
+"""-0.0 in bf16: rounding makes it +0.0, which is not stored."""
 
 
-class Sparse(Symmetric):
+class Stream(Format):
     """What the sparse formats share; how values are stored is theirs."""
 
     sparse = True
     part_dtypes = STREAM_AND_OFFSETS
+    input_multiple = RECORD_INPUTS
 
-    def __init__(self, bits: int, group: int) -> None:
-        super().__init__(bits, group)
-        self.name += "_sp"
-        self.record_items = STRIP * group
+    @property
+    def _head_bytes(self) -> int:
+        """Bytes of a record before its values."""
+        return BITMAP_BYTES + (SCALE_BYTES if self.group_size else 0)
+
+    def _records(self, k: int) -> int:
+        """Records per strip."""
+        return self.k_pad(k) // RECORD_INPUTS
 
     def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
         return {"stream": (-1,), "offsets": (strips(n) + 1,)}
@@ -87,22 +97,21 @@ class Sparse(Symmetric):
 
     def _pack_records(self, codes: Codes, k: int) -> tuple[U8, I64]:
         """The bytes of whole strips, and the size of each strip."""
-        assert codes.scales is not None
         tiles = to_tiles(codes.q, self.k_pad(k), self.zero_point)
-        count, groups = tiles.shape[0], self.groups(k)
-        items = tiles.reshape(count * groups, self.record_items)
+        count, records = tiles.shape[0], self._records(k)
+        items = tiles.reshape(count * records, RECORD_ITEMS)
         present = items != self.zero_point
-        length = HEAD_BYTES + self._value_bytes(present).reshape(count, groups)
+        length = self._head_bytes + self._value_bytes(present).reshape(count, records)
         sizes = _ceil_to_64(length.sum(axis=1))
         first = np.cumsum(sizes) - sizes
         starts = (first[:, None] + np.cumsum(length, axis=1) - length).reshape(-1)
         out = np.zeros(int(sizes.sum()), np.uint8)
-        head = np.empty((count * groups, HEAD_BYTES), np.uint8)
-        head[:, :SCALE_BYTES] = to_strips(codes.scales).reshape(-1, STRIP).view(np.uint8)
-        bitmaps = bits_to_words(present.reshape(len(items), -1, STRIP, 4))
-        head[:, SCALE_BYTES:] = bitmaps.reshape(len(items), BITMAP_BYTES)
-        out[starts[:, None] + np.arange(HEAD_BYTES)] = head
-        self._store_values(out, starts + HEAD_BYTES, items, present)
+        head = np.packbits(present, axis=1, bitorder="little")
+        if codes.scales is not None:
+            scales = to_strips(codes.scales).reshape(-1, STRIP).view(np.uint8)
+            head = np.concatenate([scales, head], axis=1)
+        out[starts[:, None] + np.arange(self._head_bytes)] = head
+        self._store_values(out, starts + self._head_bytes, items, present)
         return out, sizes
 
     @abstractmethod
@@ -110,11 +119,11 @@ class Sparse(Symmetric):
         """Bytes of values of records `[r, 1024]`, padded to even."""
 
     @abstractmethod
-    def _store_values(self, out: U8, at: I64, items: U8, present: Bools) -> None:
+    def _store_values(self, out: U8, at: I64, items: Array, present: Bools) -> None:
         """Writes the values of records `[r, 1024]` to `out`, record i from byte `at[i]`."""
 
     @abstractmethod
-    def _load_values(self, stream: U8, at: I64, present: Bools) -> U8:
+    def _load_values(self, stream: U8, at: I64, present: Bools) -> Array:
         """The items `[r, 1024]` of records whose values begin at bytes `at`."""
 
     # -- unpacking ------------------------------------------------------------------------------
@@ -123,8 +132,7 @@ class Sparse(Symmetric):
         self.validate(packed)
         n, k = packed.shape
         stream, offsets = packed.parts["stream"], packed.parts["offsets"]
-        groups = self.groups(k)
-        self._check_room(groups, offsets)
+        self._check_room(self._records(k), offsets)
         out = self.empty_codes(n, k)
         for begin, end in _strip_chunks(n, k):
             rows = out.rows(begin * STRIP, min(end * STRIP, n))
@@ -145,28 +153,28 @@ class Sparse(Symmetric):
                 f" (end of the last strip + {TAIL_BYTES}), got {len(stream)}"
             )
 
-    def _check_room(self, groups: int, offsets: I64) -> None:
+    def _check_room(self, records: int, offsets: I64) -> None:
         """Before memory for the codes is taken: every strip can hold the heads of its records."""
-        short = np.flatnonzero(np.diff(offsets) < groups * HEAD_BYTES)
+        least = records * self._head_bytes
+        short = np.flatnonzero(np.diff(offsets) < least)
         if short.size:
             raise FormatError(
-                f"{self.name} strip {short[0]} needs at least {groups * HEAD_BYTES} bytes for its"
-                f" {groups} records, got {offsets[short[0] + 1] - offsets[short[0]]}"
+                f"{self.name} strip {short[0]} needs at least {least} bytes for its"
+                f" {records} records, got {offsets[short[0] + 1] - offsets[short[0]]}"
             )
 
     def _unpack_records(self, stream: U8, offsets: I64, first_strip: int, out: Codes) -> None:
         """Fills `out`, whole strips, whose bytes lie between consecutive `offsets`."""
-        assert out.scales is not None
         n, k = out.shape
-        count, groups = len(offsets) - 1, self.groups(k)
-        starts = np.empty((count, groups), np.int64)
+        count, records, head = len(offsets) - 1, self._records(k), self._head_bytes
+        starts = np.empty((count, records), np.int64)
         at = offsets[:-1].copy()
         ends = offsets[1:]
-        for j in range(groups):  # records follow each other; strips are independent
+        for j in range(records):  # records follow each other; strips are independent
             starts[:, j] = at
-            self._check_inside(at + HEAD_BYTES, ends, first_strip, j)
-            present = _bitmaps(stream, at)
-            at = at + HEAD_BYTES + self._value_bytes(present)
+            self._check_inside(at + head, ends, first_strip, j)
+            present = _bitmaps(stream, at + head - BITMAP_BYTES)
+            at = at + head + self._value_bytes(present)
             self._check_inside(at, ends, first_strip, j)
         if (_ceil_to_64(at) != ends).any():
             strip = int(np.flatnonzero(_ceil_to_64(at) != ends)[0])
@@ -175,17 +183,18 @@ class Sparse(Symmetric):
                 f" {_ceil_to_64(at)[strip]}, its offset says {ends[strip]}"
             )
         flat = starts.reshape(-1)
-        scales = stream[flat[:, None] + np.arange(SCALE_BYTES)].view(np.float16)
-        rows = scales.reshape(count, groups, STRIP).transpose(0, 2, 1)
-        out.scales[:] = rows.reshape(count * STRIP, groups)[:n]
-        present = _bitmaps(stream, flat)
-        items = self._load_values(stream, flat + HEAD_BYTES, present)
+        if out.scales is not None:
+            scales = stream[flat[:, None] + np.arange(SCALE_BYTES)].view(np.float16)
+            rows = scales.reshape(count, records, STRIP).transpose(0, 2, 1)
+            out.scales[:] = rows.reshape(count * STRIP, records)[:n]
+        present = _bitmaps(stream, flat + head - BITMAP_BYTES)
+        items = self._load_values(stream, flat + head, present)
         if (items[present] == self.zero_point).any():
             raise FormatError(
                 f"{self.name} strips {first_strip}..{first_strip + count - 1} store zeros"
                 " explicitly: absent weights must not be in the bitmap"
             )
-        out.q[:] = from_tiles(items.reshape(count, -1, STRIP, 4), n, k)
+        out.q[:] = from_tiles(items.reshape(count, -1, STRIP, 4 // items.itemsize), n, k)
 
     def _check_inside(self, at: I64, ends: I64, first_strip: int, record: int) -> None:
         beyond = np.flatnonzero(at > ends)
@@ -196,7 +205,41 @@ class Sparse(Symmetric):
             )
 
 
-class W8sp(Sparse):
+class Bf16sp(Stream, Bf16):
+    """The two bytes of every non-zero bf16. Multiplied as bf16 with the zeros in their places."""
+
+    name = "bf16_sp"
+    part_dtypes = STREAM_AND_OFFSETS
+    input_multiple = RECORD_INPUTS
+
+    def _round_rows(self, rows: F32, out: Codes, first_row: int) -> None:
+        super()._round_rows(rows, out, first_row)
+        out.q[out.q == NEGATIVE_ZERO] = 0
+
+    def _value_bytes(self, present: Bools) -> I64:
+        count: I64 = present.sum(axis=1, dtype=np.int64)
+        return 2 * count
+
+    def _store_values(self, out: U8, at: I64, items: Array, present: Bools) -> None:
+        out.view(np.uint16)[_places(at // 2, present)] = items[present]
+
+    def _load_values(self, stream: U8, at: I64, present: Bools) -> Array:
+        items = np.zeros(present.shape, np.uint16)
+        values = stream[: len(stream) // 2 * 2].view(np.uint16)
+        items[present] = values[_places(at // 2, present)]
+        return items
+
+
+class SparseCodes(Stream, Symmetric):
+    """The sparse integer formats: `weight = scale * (code - zero_point)`."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        assert group == RECORD_INPUTS
+        super().__init__(bits, group)
+        self.name += "_sp"
+
+
+class W8sp(SparseCodes):
     """Eight bits per non-zero weight."""
 
     def __init__(self, group: int) -> None:
@@ -214,12 +257,12 @@ class W8sp(Sparse):
         return items
 
 
-class W4sp(Sparse):
+class W4sp(SparseCodes):
     """Four bits per non-zero weight."""
 
     def __init__(self, group: int) -> None:
         super().__init__(4, group)
-        self.half = self.record_items // 2
+        self.half = RECORD_ITEMS // 2
 
     def _value_bytes(self, present: Bools) -> I64:
         low = present[:, : self.half].sum(axis=1, dtype=np.int64)
@@ -239,15 +282,14 @@ class W4sp(Sparse):
         return items
 
 
-def _bitmaps(stream: U8, starts: I64) -> Bools:
-    """Which items `[r, 1024]` of the records that begin at `starts` are present."""
-    words = stream[(starts + SCALE_BYTES)[:, None] + np.arange(BITMAP_BYTES)]
-    bits = bits_from_words(words.reshape(len(starts), -1, 8))
-    return bits.reshape(len(starts), -1).view(np.bool_)
+def _bitmaps(stream: U8, at: I64) -> Bools:
+    """Which items `[r, 1024]` are present, of the records whose bitmaps begin at bytes `at`."""
+    words = stream[at[:, None] + np.arange(BITMAP_BYTES)]
+    return np.unpackbits(words, axis=1, bitorder="little").view(np.bool_)
 
 
 def _places(at: I64, present: Bools) -> I64:
-    """Where each present item of records `[r, items]` lies: consecutive bytes from `at[i]`."""
+    """Where each present item of records `[r, items]` lies: consecutive places from `at[i]`."""
     count = present.sum(axis=1, dtype=np.int64)
     before = np.cumsum(count) - count
     places: I64 = np.repeat(at - before, count)
