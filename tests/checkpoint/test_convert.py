@@ -227,8 +227,9 @@ def test_rows_that_fill_no_strip(tmp_path: Path) -> None:
     for format in FORMATS:
         model = load_model(path, format)
         assert model.tensors[UP].shape == (97, 160)
+        bound = {2: 0.45, 3: 0.19}.get(FORMATS[format].weight_bits, 0.15)
         if FORMATS[format].fixed_sparsity is None:  # else half of the weights are gone
-            assert relative_error(model, open_source(path), UP) < 0.15
+            assert relative_error(model, open_source(path), UP) < bound
 
 
 def test_a_type_that_cannot_be_read_is_refused_before_any_work(tmp_path: Path) -> None:
