@@ -22,6 +22,9 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What this user has tuned is not under test.
+os.environ["LACEWING_TUNING"] = "off"
+
 
 def _data_path() -> Path:
     return Path(os.environ.get("LACEWING_DATA", REPO.parent / "shared" / "data"))
