@@ -135,17 +135,13 @@ def _measure_kernels(plan: Plan, wanted: bool, svg: Path | None, as_json: bool) 
         _report(plan, found, roofs, others, without, as_json)
     if svg:
         from lacewing.cli.roofline import draw
+        from lacewing.native import compiled
 
         state = "hot" if plan.hot else "weights from memory"
-        title = f"{compiled_model()}, {plan.threads} threads, {state}"
+        threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+        title = f"{compiled().cpu_info()['model']}, {threads}, {state}"
         svg.write_text(draw(found, roofs, title), encoding="utf-8")
         screen.note(f"roofline: {svg}")
-
-
-def compiled_model() -> str:
-    from lacewing.native import compiled
-
-    return str(compiled().cpu_info()["model"])
 
 
 def _report(

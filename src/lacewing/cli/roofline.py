@@ -83,7 +83,7 @@ def draw(found: Sequence[KernelTime], roofs: Roofs, title: str) -> str:
         _below(min([*ys, roofs.bandwidth * min(xs)]) / 1.5),
         _above(top * 1.15),
     )
-    parts = [*_frame(axes, title), *_roofs(axes, roofs), *_series(axes, points)]
+    parts = [*_frame(axes, title), _subtitle(points), *_roofs(axes, roofs), *_series(axes, points)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}" font-family="Helvetica, Arial, DejaVu Sans, sans-serif"'
@@ -127,7 +127,7 @@ def _line(x0: float, y0: float, x1: float, y1: float, **more: object) -> str:
 
 
 def _frame(axes: Axes, title: str) -> list[str]:
-    parts = [_text(LEFT, 36, title, font_size=17, font_weight="bold", fill="#222222")]
+    parts = [_text(LEFT, 34, title, font_size=17, font_weight="bold", fill="#222222")]
     for value in _ticks(axes.x0, axes.x1):
         x = axes.x(value)
         parts.append(_line(x, TOP, x, BOTTOM, stroke="#e6e6e6"))
@@ -147,6 +147,12 @@ def _frame(axes: Axes, title: str) -> list[str]:
     return parts
 
 
+def _subtitle(points: Sequence[Mark]) -> str:
+    rows = ", ".join(str(m) for m in sorted({point.m for point in points}))
+    text = f"a line per format; its marks, from left to right: m = {rows}"
+    return _text(LEFT, 54, text, fill="#555555")
+
+
 def _roofs(axes: Axes, roofs: Roofs) -> list[str]:
     top = max(rate for rates in roofs.peaks.values() for rate in rates.values())
     bend = top / roofs.bandwidth
@@ -155,7 +161,7 @@ def _roofs(axes: Axes, roofs: Roofs) -> list[str]:
     x1, y1 = axes.x(bend), axes.y(top)
     parts = [_line(x0, y0, x1, y1, stroke="#555555", stroke_width=2)]
     slope = math.degrees(math.atan2(y1 - y0, x1 - x0))
-    x, y = x0 + (x1 - x0) * 0.42, y0 + (y1 - y0) * 0.42 - 9
+    x, y = x0 + (x1 - x0) * 0.72 - 10, y0 + (y1 - y0) * 0.72 - 9
     turn = f"rotate({slope:.1f} {x:.1f} {y:.1f})"
     parts.append(
         _text(x, y, f"memory reads {roofs.bandwidth:.1f} GB/s", text_anchor="middle",
