@@ -26,7 +26,7 @@ from typing import Any
 from lacewing.errors import LacewingError
 from lacewing.version import __version__
 
-__all__ = ["Tuning", "apply", "cpu_identity", "load", "path", "read", "reset", "write"]
+__all__ = ["Tuning", "apply", "cpu_identity", "load", "own_path", "path", "read", "reset", "write"]
 
 Tuning = dict[str, dict[str, dict[str, int]]]
 """Switch, ISA, format: rows."""
@@ -49,6 +49,16 @@ def path() -> Path | None:
     # The specification: a relative path is to be ignored.
     base = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~/.cache"))
     return base / "lacewing" / "tuning.json"
+
+
+def own_path() -> Path:
+    """The same, for writing. Raises LacewingError if switched off."""
+    place = path()
+    if place is None:
+        raise LacewingError(
+            "tuning is switched off", hint="unset LACEWING_TUNING, or let it name a file"
+        )
+    return place
 
 
 def cpu_identity(native: Any) -> dict[str, Any]:
@@ -141,11 +151,7 @@ def reset(native: Any) -> None:
 
 def write(tuning: Tuning, native: Any) -> Path:
     """Writes the user's file whole or not at all. Raises LacewingError if it cannot be written."""
-    place = path()
-    if place is None:
-        raise LacewingError(
-            "tuning is switched off", hint="unset LACEWING_TUNING, or let it name a file"
-        )
+    place = own_path()
     content = {"version": __version__, "cpu": cpu_identity(native), **tuning}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

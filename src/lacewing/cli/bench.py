@@ -176,6 +176,7 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
     from lacewing.cli import tune
     from lacewing.native import compiled
 
+    tuning.own_path()  # an error before the work, not after
     # The scalar kernels are for checking: nobody waits for them.
     usable = [each["name"] for each in compiled().isas() if each["usable"]]
     chosen = isas or tuple(name for name in usable if name not in ("scalar", "amx_emulated"))
