@@ -76,11 +76,19 @@ def share(value: float | None) -> str:
 def show(shape: str, found: dict[str, Any]) -> None:
     at = found["conditions"]
     cells = [
-        [name_of(row), str(row["m"]), f"{row['bits_per_weight']:.2f}",
-         f"{row['seconds'] * 1e6:.0f}", share(row["spread"]), f"{row['gb_s']:.1f}", share(row["bandwidth_share"]),
-         f"{row['gop_s']:.0f}", share(row["peak_share"])]
+        [
+            name_of(row),
+            str(row["m"]),
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['seconds'] * 1e6:.0f}",
+            share(row["spread"]),
+            f"{row['gb_s']:.1f}",
+            share(row["bandwidth_share"]),
+            f"{row['gop_s']:.0f}",
+            share(row["peak_share"]),
+        ]
         for row in found["kernels"]
-    ]  # fmt: skip
+    ]
     head = ["", "m", "bits", "us", "spread", "GB/s", "of memory", "GOP/s", "of peak"]
     harness.table(f"{shape}, memory reads {at['read_bandwidth_gb_s']:.1f} GB/s", head, cells)
 
