@@ -12,7 +12,7 @@ import pytest
 from lacewing import tuning
 from lacewing.checkpoint import Report
 from lacewing.cli import doctor, kernels, probe, rivals, roofline, tune
-from lacewing.cli.kernelreport import Roofs
+from lacewing.cli.kernelreport import Roofs, roof_is_doubtful
 from lacewing.cli.opening import roundings
 from lacewing.formats import FORMATS
 from lacewing.native import compiled
@@ -191,6 +191,12 @@ def test_rivals_stand_beside_ours(call: Call, monkeypatch: pytest.MonkeyPatch) -
 
 def row(format: str, m: int, seconds: float, isa: str | None = "avx2") -> kernels.KernelTime:
     return kernels.KernelTime("lacewing", format, None, isa, 64, 64, m, 4096, seconds, 0.1, 9)
+
+
+def test_a_roof_below_the_marks_is_doubted() -> None:
+    roofs = Roofs(2, 20.0, {"avx2": {"int8": 400.0, "float": 90.0}})
+    assert not roof_is_doubtful([row("bf16", 1, 4096 / 21e9)], roofs)
+    assert roof_is_doubtful([row("bf16", 1, 4096 / 23e9)], roofs)
 
 
 def test_roofline() -> None:

@@ -161,6 +161,8 @@ def _report(
         return
     for line in kernelreport.notes(plan, roofs, others, without):
         screen.note(line)
+    if not plan.hot and kernelreport.roof_is_doubtful(found, roofs):
+        screen.note("products read faster than the roof: the machine was busy, measure again")
     kernelreport.show(found, roofs)
 
 

@@ -83,6 +83,11 @@ def notes(plan: Plan, roofs: Roofs, rivals: Sequence[Any], no_rivals: str) -> li
     return lines
 
 
+def roof_is_doubtful(found: Sequence[KernelTime], roofs: Roofs) -> bool:
+    """Whether a product with cold weights read clearly faster than the roof."""
+    return any(roofs.bandwidth_share(row) > 1.1 for row in found)
+
+
 def as_json(found: Sequence[KernelTime], roofs: Roofs) -> list[dict[str, Any]]:
     return [
         {
