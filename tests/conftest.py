@@ -33,6 +33,9 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+# What this user has tuned is not under test.
+os.environ["LACEWING_TUNING"] = "off"
+
 
 def _data_path() -> Path:
     return Path(os.environ.get("LACEWING_DATA", REPO.parent / "shared" / "data"))

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <fstream>
@@ -80,6 +81,55 @@ double read_bandwidth(int64_t bytes, int threads, const Isa& isa, double seconds
     spent += time;
   }
   return static_cast<double>(memory.size()) / best * 1e-9;
+}
+
+// ---- peaks
+
+// GOP/s of all threads while they do nothing but multiply and add, the best of several turns.
+double compute_peak(const std::string& kind, const Isa& isa, int threads, double seconds) {
+  require(kind == "int8" || kind == "float",
+          "compute_peak: kind must be `int8` or `float`, got `" + kind + "`");
+  require_range("compute_peak: threads", threads, 0, Pool::kMaxThreads);
+  require(seconds > 0 && seconds <= 60, "compute_peak: seconds must be in 0..60");
+  const KernelTable& table = table_of(isa);
+  const auto spin = kind == "int8" ? table.spin_int8 : table.spin_float;
+  nb::gil_scoped_release release;
+  double best = 0, spent = 0;
+  for (int64_t turns = 1 << 10; spent < seconds || best == 0;) {
+    std::atomic<int64_t> operations{0};
+    const auto begin = std::chrono::steady_clock::now();
+    Pool::instance().run(threads, [&](int, int) { operations += spin(turns); });
+    const double time =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    spent += time;
+    if (time < 2e-3 && turns < int64_t{1} << 40)
+      turns *= 2;  // too short to tell
+    else
+      best = std::max(best, static_cast<double>(operations) / time * 1e-9);
+  }
+  return best;
+}
+
+// ---- where products switch from one driver to the next
+
+nb::dict gemv_rows(const Isa& isa) {
+  const KernelTable& table = table_of(isa);
+  nb::dict all;
+  for (int i = 0; i < kFormatCount; ++i) {
+    const Switch& gemv = table.formats[i].gemv;
+    nb::dict d;
+    d["rows"] = __atomic_load_n(gemv.rows, __ATOMIC_RELAXED);
+    d["default"] = gemv.standard;
+    d["most"] = gemv.most;
+    all[kFormatInfo[i].name] = d;
+  }
+  return all;
+}
+
+void set_gemv_rows(const std::string& format, const std::optional<int>& rows, const Isa& isa) {
+  const Switch& gemv = table_of(isa).formats[format_index(format)].gemv;
+  if (rows) require_range("set_gemv_rows: rows", *rows, 0, gemv.most);
+  __atomic_store_n(gemv.rows, rows.value_or(gemv.standard), __ATOMIC_RELAXED);
 }
 
 // ---- the machine
@@ -324,6 +374,13 @@ void register_system(nb::module_& m) {
   m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes") = 0, nb::arg("threads") = 0,
         nb::arg("isa") = nb::none(), nb::arg("seconds") = 0.5,
         "Best GB/s of reading a buffer of `bytes`, at least 256 MB, from DRAM.");
+  m.def("compute_peak", &compute_peak, nb::arg("kind"), nb::arg("isa") = nb::none(),
+        nb::arg("threads") = 0, nb::arg("seconds") = 0.2,
+        "Best GOP/s of multiplying and adding in registers, `int8` or `float`.");
+  m.def("gemv_rows", &gemv_rows, nb::arg("isa") = nb::none(),
+        "Up to how many rows gemv takes a product: rows, default and most, by format.");
+  m.def("set_gemv_rows", &set_gemv_rows, nb::arg("format"), nb::arg("rows").none(),
+        nb::arg("isa") = nb::none(), "Sets it, from 0 to `most`; None: the default.");
   m.def("cpu_info", &cpu_info, "What this CPU, operating system and container offer.");
   m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
         nb::arg("isa") = nb::none(), "x / sqrt(mean(x^2) + eps) * weight, row by row.");

@@ -44,11 +44,18 @@ struct AttentionArgs {
 };
 inline constexpr size_t kAttentionScratch = 256 * 1024;
 
+// Up to how many rows a product takes one way rather than the next; set at run time, atomically.
+struct Switch {
+  int* rows;           // 0..most
+  int standard, most;  // what it is before anything is set; what it may be
+};
+
 struct FormatKernels {
   void (*linear)(const LinearArgs&);
   // out[i, :k] = dequantized row ids[i] of w, `ldo` floats between rows.
   void (*gather_rows)(const PackedTensor& w, const int32_t* ids, int64_t count, float* out,
                       int64_t ldo);
+  Switch gemv;  // beyond: gemm
 };
 
 struct KernelTable {
@@ -74,6 +81,10 @@ struct KernelTable {
   void (*attention)(const AttentionArgs&);
   // Reads `bytes` bytes and returns a checksum (bandwidth measurement).
   uint64_t (*read_stream)(const uint8_t* p, size_t bytes);
+  // `turns` turns of nothing but the products that integer formats and float formats are made of,
+  // on registers; return the operations done, 2 per product (measuring the peak).
+  int64_t (*spin_int8)(int64_t turns);
+  int64_t (*spin_float)(int64_t turns);
 };
 
 // What a format's header states about itself, independent of the ISA (core/formats.cpp).

@@ -19,10 +19,22 @@ constexpr int gemv_rows() {
     return F::kSparse && S::kGemvWide > S::kGemvBlock ? S::kGemvBlock : S::kGemvWide;
 }
 
+// Rows that gemv is made for: at least what `gemv_rows` says.
+template <class S, class F>
+constexpr int gemv_most() {
+  return S::kGemvMost > gemv_rows<S, F>() ? S::kGemvMost : gemv_rows<S, F>();
+}
+
+// Up to so many rows gemv takes a product, at most gemv_most: a table tuned on this machine may say
+// otherwise than the constants (api/system.cpp). Results are the same whatever it says. Not
+// std::atomic, whose functions would be weak symbols of this ISA.
+template <class S, class F>
+int gemv_limit = gemv_rows<S, F>();
+
 template <class S, class F>
 void linear(const LinearArgs& a) {
-  if (a.x->m <= gemv_rows<S, F>())
-    gemv<S, F, gemv_rows<S, F>()>(a);
+  if (a.x->m <= __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED))
+    gemv<S, F, gemv_most<S, F>()>(a);
   else
     gemm<S, F>(a);
 }

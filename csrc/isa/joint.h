@@ -15,6 +15,7 @@
 #include "ops/elementwise.h"
 #include "ops/kv_store.h"
 #include "ops/math.h"
+#include "ops/peak.h"
 #include "ops/quantize_rows.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -28,7 +29,10 @@ constexpr KernelTable make_table() {
   return {
       S::kName,
       {
-#define LACEWING_KERNELS(name, ...) {linear<S, __VA_ARGS__>, gather_rows<S, __VA_ARGS__>},
+#define LACEWING_KERNELS(name, ...) \
+  {linear<S, __VA_ARGS__>,          \
+   gather_rows<S, __VA_ARGS__>,     \
+   {&gemv_limit<S, __VA_ARGS__>, gemv_rows<S, __VA_ARGS__>(), gemv_most<S, __VA_ARGS__>()}},
           LACEWING_FORMATS(LACEWING_KERNELS)
 #undef LACEWING_KERNELS
       },
@@ -42,6 +46,8 @@ constexpr KernelTable make_table() {
       store_kv<S>,
       attention<S>,
       read_stream<S>,
+      spin_int8<S>,
+      spin_float<S>,
   };
 }
 

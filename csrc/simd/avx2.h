@@ -375,6 +375,8 @@ struct Avx2 {
   static constexpr int kPanelRows = 4, kPanelStrips = 1;
   // Up to so many rows gemv is faster than gemm: codes above 31, codes up to 31, floats.
   static constexpr int kGemvWide = 8, kGemvNarrow = 3, kGemvFloat = 5;
+  // Rows that gemv is instantiated for, so that a machine may choose (_C.set_gemv_rows).
+  static constexpr int kGemvMost = kRowBlock;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 4;
   // Prefetching by software: no, it takes from what several streams reach (Zen 3: a quarter).

@@ -200,6 +200,8 @@ struct Avx512 {
   static constexpr int kPanelRows = 8, kPanelStrips = 2;
   // Up to so many rows gemv is faster than gemm: codes above 31, codes up to 31, floats.
   static constexpr int kGemvWide = 8, kGemvNarrow = 8, kGemvFloat = 8;
+  // Rows that gemv is instantiated for, so that a machine may choose (_C.set_gemv_rows).
+  static constexpr int kGemvMost = kRowBlock;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
   // Prefetching by software: yes, one stream of a sparse format is half as fast without.

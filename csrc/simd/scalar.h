@@ -253,6 +253,7 @@ struct Scalar {
   static constexpr int kPanelRows = 4, kPanelStrips = 1;
   // Rows that gemv takes; few, since this table is for correctness and unrolls expensively.
   static constexpr int kGemvWide = 2, kGemvNarrow = 2, kGemvFloat = 2;
+  static constexpr int kGemvMost = 2;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
   // Prefetching by software.

@@ -20,6 +20,11 @@ class _Isa(TypedDict):
     usable: bool
     missing: str | None  # the first CPU feature that is not there
 
+class _Switch(TypedDict):
+    rows: int  # in use
+    default: int
+    most: int
+
 class _OsState(TypedDict):
     avx: bool
     avx512: bool
@@ -182,5 +187,18 @@ def read_bandwidth(
     bytes: int = 0, threads: int = 0, isa: str | None = None, seconds: float = 0.5
 ) -> float:
     """GB/s of reading a buffer of `bytes` (at least 256 MB) from DRAM; the best pass of several."""
+
+def compute_peak(
+    kind: Literal["int8", "float"], isa: str | None = None, threads: int = 0, seconds: float = 0.2
+) -> float:
+    """GOP/s (2 per product) of doing nothing but the products that integer formats, or float
+    formats, are made of; the best turn of several."""
+
+def gemv_rows(isa: str | None = None) -> dict[str, _Switch]:
+    """By format: up to how many rows gemv takes a product; beyond, gemm."""
+
+def set_gemv_rows(format: str, rows: int | None, isa: str | None = None) -> None:
+    """Sets it, from 0 to `most`; None restores the default. It changes speed, never a result of an
+    integer format or of `bf16`."""
 
 def cpu_info() -> _CpuInfo: ...

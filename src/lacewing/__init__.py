@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lacewing.version import __version__
+
 if TYPE_CHECKING:
     from lacewing import checkpoint, engine, errors, formats, models
     from lacewing.engine import LLM, Piece, Result, SamplingParams
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     )
     from lacewing.formats import PackedTensor, pack
     from lacewing.native import linear
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from lacewing import tuning
 from lacewing.errors import FormatError, LacewingError, RequestError, UnsupportedCpuError
 from lacewing.formats import PackedTensor, get_format
 
@@ -21,7 +22,7 @@ _tensors: WeakKeyDictionary[PackedTensor, Any] = WeakKeyDictionary()
 
 @cache
 def compiled() -> Any:
-    """The module `lacewing._C`. Raises `LacewingError` if it is not there."""
+    """The module `lacewing._C`, tuned. Raises `LacewingError` if it is not there."""
     try:
         from lacewing import _C
     except ImportError as error:
@@ -29,6 +30,7 @@ def compiled() -> Any:
             f"the compiled module `lacewing._C` cannot be loaded: {error}",
             hint="install Lacewing again: `pip install --force-reinstall .`",
         ) from error
+    tuning.load(_C)
     return _C
 
 

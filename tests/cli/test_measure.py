@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from lacewing import tuning
 from lacewing.checkpoint import Report
-from lacewing.cli import doctor, kernels, probe
+from lacewing.cli import doctor, kernels, probe, rivals, roofline, tune
+from lacewing.cli.kernelreport import Roofs, roof_is_doubtful
 from lacewing.cli.opening import roundings
 from lacewing.formats import FORMATS
+from lacewing.native import compiled
 from tests.cli.conftest import Call
 
 SMALL = 8 << 20
@@ -21,7 +25,8 @@ SMALL = 8 << 20
 def small_working_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches may hold these: the figures mean nothing, and come at once."""
     monkeypatch.setattr(doctor, "working_set", lambda: SMALL)
-    monkeypatch.setattr(kernels, "WORKING_SET", SMALL)
+    monkeypatch.setattr(kernels, "working_set", lambda: 1 << 16)
+    monkeypatch.setattr(rivals, "installed", lambda: False)
 
 
 def test_doctor(call: Call, isas: list[str]) -> None:
@@ -92,19 +97,165 @@ def test_bench_of_a_model(call: Call, tiny_gguf: Path, verb: str) -> None:
     assert "tokens/s" in out
 
 
+QUICK = ("bench", "kernels", "--seconds", "0.01", "--threads", "1")
+
+
 def test_bench_kernels(call: Call) -> None:
-    options = ("--seconds", "0.01", "--shape", "64x128", "--shape", "33x65", "--threads", "1")
-    status, out, err = call("bench", "kernels", *options, "--json")
+    shapes = ("--shape", "64x128", "--shape", "33x65")
+    status, out, err = call(*QUICK, *shapes, "--json")
     assert status == 0, err
     found = json.loads(out)
     rows = found["kernels"]
     assert [row["format"] for row in rows] == [*FORMATS, *FORMATS]
-    assert all(row["gb_s"] > 0 for row in rows)
+    for row in rows:
+        assert row["engine"] == "lacewing"
+        assert row["gop_s"] == pytest.approx(2 * row["n"] * row["k"] / row["seconds"] / 1e9)
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["samples"] >= 5
+        peak = found["conditions"]["peak_gop_s"][row["isa"]]
+        kind = "float" if FORMATS[row["format"]].group_size == 0 else "int8"
+        assert row["peak_share"] == pytest.approx(row["gop_s"] / peak[kind])
+        roof = found["conditions"]["read_bandwidth_gb_s"]
+        assert row["bandwidth_share"] == pytest.approx(row["gb_s"] / roof)
     assert found["conditions"]["threads"] == 1
-    status, out, _ = call("bench", "kernels", *options, "--format", "bf16", "--format", "w8a8g32")
+    assert found["conditions"]["torch"] is None
+    status, out, err = call(*QUICK, *shapes, "--format", "bf16", "--format", "w8a8g32")
     assert status == 0
     assert "w8a8g32" in out
     assert "w4a8g32" not in out
+    assert "torch is not installed" in err
+    assert "cache hits" in err  # 64 KB are not cold
+
+
+def test_bench_kernels_over_every_axis(call: Call, isas: list[str]) -> None:
+    options = [text for isa in isas for text in ("--isa", isa)]
+    options += ["--rows", "1", "-m", "3", "--sparsity", "0.2", "--sparsity", "0.8", "--hot"]
+    options += ["--format", "bf16", "--format", "w8a8g64_sp", "--shape", "32x64"]
+    status, out, err = call(*QUICK, *options, "--json")
+    assert status == 0, err
+    rows = json.loads(out)["kernels"]
+    kinds = [("bf16", None), ("w8a8g64_sp", 0.2), ("w8a8g64_sp", 0.8)]
+    assert {(row["format"], row["sparsity"], row["m"], row["isa"]) for row in rows} == {
+        (*kind, m, isa) for kind in kinds for m in (1, 3) for isa in isas
+    }
+    thin, thick = (
+        next(row["bytes"] for row in rows if row["sparsity"] == share) for share in (0.8, 0.2)
+    )
+    assert thin < thick
+    assert "hot" in call(*QUICK, *options).err
+
+
+def test_copies_fill_the_share() -> None:
+    weight = kernels.Packed.random("w8a8g32", None, 32, 64, 10_000, 1)
+    assert len(weight.weights) == -(-10_000 // weight.bytes)
+    assert len(weight.time(1, "scalar", 0)) == len(weight.weights)
+    alone = kernels.Packed.random("w8a8g32", None, 32, 64, 0, 1)
+    assert len(alone.weights) == 1
+    assert len(alone.time(1, "scalar", 8)) == 8
+
+
+FAKE_TORCH = """
+import json, sys
+answers = {"start": {"version": "9", "engine": "x"}, "measure": {"times": [0.5] * 3}}
+for line in sys.stdin:
+    command = json.loads(line)
+    answer = answers.get(command["verb"], {})
+    if command["verb"] == "measure" and command["kind"] == "int8":
+        answer = {"error": "no such kernel"}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_rivals_stand_beside_ours(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "installed", lambda: True)
+    monkeypatch.setattr(rivals, "COMMAND", (*doctor.PYTHON, "-c", FAKE_TORCH))
+    options = ("--shape", "32x64", "--format", "w8a8g32")
+    status, out, err = call(*QUICK, *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["conditions"]["torch"] == "9"
+    assert [(row["engine"], row["format"]) for row in found["kernels"]] == [
+        ("lacewing", "w8a8g32"),
+        ("torch", "torch bf16"),
+    ]
+    assert found["kernels"][1]["seconds"] == 0.5
+    assert found["kernels"][1]["peak_share"] is None
+    assert "torch int8 32x64 is left out: no such kernel" in err
+    monkeypatch.setattr(rivals, "COMMAND", (*doctor.PYTHON, "-c", "raise SystemExit(3)"))
+    status, _, err = call(*QUICK, *options)
+    assert status == 1
+    assert "ended with code 3" in err
+    assert "--no-rivals" in err
+    assert call(*QUICK, *options, "--no-rivals").status == 0
+
+
+def row(format: str, m: int, seconds: float, isa: str | None = "avx2") -> kernels.KernelTime:
+    return kernels.KernelTime("lacewing", format, None, isa, 64, 64, m, 4096, seconds, 0.1, 9)
+
+
+def test_a_roof_below_the_marks_is_doubted() -> None:
+    roofs = Roofs(2, 20.0, {"avx2": {"int8": 400.0, "float": 90.0}})
+    assert not roof_is_doubtful([row("bf16", 1, 4096 / 21e9)], roofs)
+    assert roof_is_doubtful([row("bf16", 1, 4096 / 23e9)], roofs)
+
+
+def test_roofline() -> None:
+    found = [row("bf16", 1, 1e-6), row("bf16", 1, 4e-6), row("bf16", 8, 3e-6), row("a<b", 1, 1e-6)]
+    roofs = Roofs(2, 20.0, {"avx2": {"int8": 400.0, "float": 90.0}})
+    marks = roofline.marks(found)
+    assert [(mark.series, mark.m) for mark in marks] == [("bf16", 1), ("a<b", 1), ("bf16", 8)]
+    both = marks[0]
+    assert both.x == pytest.approx(2.0)  # 8192 operations, 4096 bytes
+    assert (both.low, both.high) == pytest.approx((8192e-9 / 4e-6, 8192e-9 / 1e-6))
+    root = ElementTree.fromstring(roofline.draw(found, roofs, "a & b"))
+    text = " ".join(element.text or "" for element in root.iter() if element.text)
+    for word in ("a & b", "a<b", "bf16", "avx2 int8 400", "20.0 GB/s", "m=8", "m = 1, 8"):
+        assert word in text
+    for element in root.iter():  # nothing is drawn outside of the picture
+        for name in ("x", "x1", "x2", "cx"):
+            assert 0 <= float(element.get(name, 0)) <= roofline.WIDTH
+        for name in ("y", "y1", "y2", "cy"):
+            assert 0 <= float(element.get(name, 0)) <= roofline.HEIGHT
+
+
+def test_bench_kernels_draws(call: Call, tmp_path: Path) -> None:
+    status, _, err = call(*QUICK, "--shape", "32x64", "--format", "bf16", "--svg", tmp_path / "a")
+    assert status == 0, err
+    assert ElementTree.parse(tmp_path / "a").getroot().tag.endswith("svg")
+    status, _, err = call(*QUICK, "--svg", tmp_path / "none" / "a")
+    assert status != 0
+    assert "is no directory" in err
+
+
+def test_tune(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tune, "SHAPE", (32, 64))
+    monkeypatch.setenv("LACEWING_TUNING", str(tmp_path / "t.json"))
+    isas = [isa["name"] for isa in compiled().isas() if isa["usable"]]
+    fast = [isa for isa in isas if isa not in ("scalar", "amx_emulated")] or ["scalar"]
+    options = [text for isa in fast for text in ("--isa", isa)]
+    before = {isa: compiled().gemv_rows(isa) for isa in isas}
+    try:
+        status, out, err = call("bench", "kernels", "--tune", "--threads", "1", *options, "--json")
+        assert status == 0, err
+        kept = json.loads((tmp_path / "t.json").read_text())["gemv_rows"]
+        assert kept == json.loads(out)["gemv_rows"]
+        for isa in fast:
+            now = compiled().gemv_rows(isa)
+            assert kept[isa] == {name: now[name]["rows"] for name in FORMATS}
+        assert call("bench", "kernels", "--tune", "--threads", "1", *options).status == 0
+    finally:
+        tuning.reset(compiled())
+    assert {isa: compiled().gemv_rows(isa) for isa in isas} == before
+
+
+def test_the_switch_follows_the_times() -> None:
+    def rows(default: int, gemv: list[float], gemm: list[float]) -> int:
+        return tune.Crossing("avx2", "bf16", default, gemv, gemm).rows
+
+    assert rows(0, [1, 1, 1, 9], [2, 2, 2, 2]) == 3
+    assert rows(4, [3, 3, 3, 3], [2, 2, 2, 2]) == 0
+    assert rows(1, [1, 1, 1, 1], [2, 2, 2, 2]) == 4
+    assert rows(2, [1, 1, 1, 1], [1.01, 1.01, 1, 1]) == 2  # noise is not an opinion
 
 
 @pytest.mark.parametrize(
@@ -113,6 +264,7 @@ def test_bench_kernels(call: Call) -> None:
         (("--format", "w4a8g33"), "did you mean"),
         (("--isa", "mmx"), "must be one of"),
         (("--threads", "0"), "threads"),
+        (("--shape", "9000000x9000000"), "of memory to be packed"),
     ],
 )
 def test_bench_of_what_is_not(call: Call, options: tuple[str, ...], says: str) -> None:

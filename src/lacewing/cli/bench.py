@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +14,8 @@ from lacewing.errors import RequestError
 
 if TYPE_CHECKING:
     from lacewing import LLM
-    from lacewing.cli.kernels import KernelTime
+    from lacewing.cli.kernelreport import Roofs
+    from lacewing.cli.kernels import KernelTime, Plan
 
 app = typer.Typer(
     help="Measure decode, prefill or the kernels on this machine.", no_args_is_help=True
@@ -62,38 +66,145 @@ def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="NxK, outputs by inputs; repeat it.")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", "-m", min=1, help="Tokens at once.")] = 1,
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", "-m", min=1, help="Tokens at once; repeat it.")
+    ] = None,
     threads: Threads = None,
-    isa: Annotated[str | None, typer.Option(help="Instruction set; default: the best.")] = None,
-    sparsity: Annotated[float, typer.Option(min=0, max=0.99, help="Zeros where sparse.")] = 0.5,
+    isa: Annotated[
+        list[str] | None, typer.Option(help="Instruction set; repeat it. Default: the best.")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=0.99, help="Share of zeros in sparse formats; repeat it."),
+    ] = None,
+    hot: Annotated[bool, typer.Option("--hot", help="Leave the weights in the caches.")] = False,
+    rivals: Annotated[
+        bool, typer.Option(help="PyTorch beside ours, where it is installed.")
+    ] = True,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds per row.")] = 0.5,
+    svg: Annotated[Path | None, typer.Option(help="Draw a roofline plot into this file.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure which kernel suits which m here; keep it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Every format's linear layer, read from memory: GB/s and share of the read bandwidth."""
+    """Every format's linear layer, read from memory, against this machine's roofs."""
     from lacewing import formats
     from lacewing.cli import kernels as timing
-    from lacewing.cli.doctor import measure_bandwidth
     from lacewing.native import check_isa, check_threads, compiled
 
-    check_isa(isa)
+    for each in isa or [None]:  # type: ignore[list-item]
+        check_isa(each)
     check_threads(threads)
-    shapes = [_parse_shape(text) for text in shape or ["4096x4096"]]
-    names = [formats.get_format(name).name for name in format or formats.FORMATS]
     used = threads or compiled().threads()
-    roof = measure_bandwidth(seconds, used)[used]
-    at = timing.Conditions(rows, used, isa or compiled().default_isa(), seconds, sparsity)
-    found = []
-    with screen.progress("kernels") as advance:
-        for row in timing.measure(names, shapes, at):
-            found.append(row)
-            advance(len(found), len(names) * len(shapes), row.format)
-    roof = max(roof, measure_bandwidth(seconds, used)[used])  # a busy moment only lowers it
+    names = tuple(
+        dict.fromkeys(formats.get_format(name).name for name in format or formats.FORMATS)
+    )
+    if tune:
+        _tune(names, tuple(isa or ()), used, as_json)
+        return
+    plan = timing.Plan(
+        names,
+        tuple(dict.fromkeys(_parse_shape(text) for text in shape or ["4096x4096"])),
+        tuple(dict.fromkeys(rows or [1])),
+        tuple(dict.fromkeys(isa or [compiled().default_isa()])),
+        tuple(dict.fromkeys(sparsity or [0.5])),
+        used,
+        seconds,
+        hot,
+        timing.working_set(),
+    )
+    _measure_kernels(plan, rivals, svg, as_json)
+
+
+def _measure_kernels(plan: Plan, wanted: bool, svg: Path | None, as_json: bool) -> None:
+    from lacewing.cli import kernels as timing
+    from lacewing.cli import rivals
+    from lacewing.cli.kernelreport import Roofs
+
+    there = wanted and rivals.installed()
+    without = "torch is not installed here: no rivals beside ours" if wanted else "no rivals: asked"
+    timing.check_memory(plan, len(rivals.Torch.kinds) if there else 0)
+    _check_writable(svg)
+    with ExitStack() as stack:
+        others = [stack.enter_context(rivals.Torch(plan.threads))] if there else []
+        roofs = Roofs.measure(plan.isas, plan.threads, plan.seconds)
+        with screen.progress("kernels") as advance:
+            found = list(timing.measure(plan, others, advance))
+        roofs = roofs.raised(Roofs.measure(plan.isas, plan.threads, plan.seconds))
+        _report(plan, found, roofs, others, without, as_json)
+    if svg:
+        from lacewing.cli.roofline import draw
+        from lacewing.native import compiled
+
+        state = "hot" if plan.hot else "weights from memory"
+        threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+        title = f"{compiled().cpu_info()['model']}, {threads}, {state}"
+        svg.write_text(draw(found, roofs, title), encoding="utf-8")
+        screen.note(f"roofline: {svg}")
+
+
+def _report(
+    plan: Plan,
+    found: list[KernelTime],
+    roofs: Roofs,
+    others: Sequence[Any],
+    without: str,
+    as_json: bool,
+) -> None:
+    from lacewing.cli import kernelreport
+
     if as_json:
-        measured = [{**row.as_dict(), "bandwidth_share": row.gb_s / roof} for row in found]
-        conditions = {**vars(at), "read_bandwidth_gb_s": roof}
-        screen.print_json({"conditions": conditions, "kernels": measured})
-    else:
-        _show_kernels(found, at.isa, used, roof)
+        conditions = kernelreport.conditions(plan, roofs, others)
+        rows = kernelreport.as_json(found, roofs)
+        screen.print_json({"conditions": conditions, "kernels": rows})
+        return
+    for line in kernelreport.notes(plan, roofs, others, without):
+        screen.note(line)
+    if not plan.hot and kernelreport.roof_is_doubtful(found, roofs):
+        screen.note("products read faster than the roof: the machine was busy, measure again")
+    kernelreport.show(found, roofs)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before minutes of measuring, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--svg: {path.absolute().parent} is no directory")
+
+
+def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: bool) -> None:
+    from lacewing import tuning
+    from lacewing.cli import kernels as timing
+    from lacewing.cli import tune
+    from lacewing.native import compiled
+
+    tuning.own_path()  # an error before the work, not after
+    # The scalar kernels are for checking: nobody waits for them.
+    usable = [each["name"] for each in compiled().isas() if each["usable"]]
+    chosen = isas or tuple(name for name in usable if name not in ("scalar", "amx_emulated"))
+    with screen.progress("tuning") as advance:
+        found = tune.measure(names, chosen, threads, timing.working_set(), 3, advance)
+    table = tune.as_tuning(found)
+    place = tuning.write(table, compiled())
+    tuning.apply(table, compiled())
+    if as_json:
+        screen.print_json({"file": str(place), **table, "measured": [vars(row) for row in found]})
+        return
+    screen.print_table(
+        ("format", "isa", "gemv up to m", "default", "m=1 us", "m=8: gemv / gemm us"),
+        [
+            (
+                row.format,
+                row.isa,
+                row.rows,
+                row.default,
+                f"{row.gemv[0] * 1e6:.0f}",
+                f"{row.gemv[-1] * 1e6:.0f} / {row.gemm[-1] * 1e6:.0f}",
+            )
+            for row in found
+        ],
+    )
+    screen.note(f"kept in {place}")
 
 
 def _parse_shape(text: str) -> tuple[int, int]:
@@ -101,26 +212,6 @@ def _parse_shape(text: str) -> tuple[int, int]:
     if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
         raise typer.BadParameter(f"--shape: needs NxK such as 4096x11008, got `{text}`")
     return int(n), int(k)
-
-
-def _show_kernels(found: list[KernelTime], isa: str, threads: int, roof: float) -> None:
-    screen.note(f"{isa}, {threads} threads, memory reads {roof:.1f} GB/s")
-    dense = {(row.n, row.k): row.seconds for row in found if row.format == "bf16"}
-    rows = [
-        (
-            row.format,
-            f"{row.n}x{row.k}",
-            row.m,
-            f"{row.bits_per_weight:.2f}",
-            f"{row.seconds * 1e6:.0f}",
-            f"{row.gb_s:.1f}",
-            f"{row.gb_s / roof:.0%}",
-            f"{dense[row.n, row.k] / row.seconds:.2f}" if (row.n, row.k) in dense else "-",
-        )
-        for row in found
-    ]
-    columns = ("format", "shape", "m", "bits/weight", "us", "GB/s", "of memory", "x bf16")
-    screen.print_table(columns, rows)
 
 
 def _bench_model(

@@ -1,97 +1,278 @@
-"""The measurement behind `lacewing bench kernels`: one linear layer at a time, from memory."""
+"""The measurement behind `lacewing bench kernels`: one linear layer at a time.
+
+A round goes through all candidates in turn, so that a slow moment of the machine hits each of them
+alike; every figure is a median over rounds. Weights are cold: a candidate has as many copies of its
+weight as its share of the working set, and reads each copy once a round, so that between two reads
+of the same bytes the whole working set has gone through the caches.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from lacewing import formats
+from lacewing.cli import screen
 from lacewing.cli.probe import random_codes
+from lacewing.errors import FormatError, RequestError
 from lacewing.formats.base import aligned_empty
 from lacewing.native import compiled, tensor
 
-# A weight is multiplied through enough copies of itself that no cache holds them all.
-WORKING_SET = 640 << 20
+COLD = 2.5  # times the last-level cache
+LEAST_COLD = 2.0  # below, a figure may be that of a cache
+_HOT_CALLS = 8  # calls per round where the weights stay in the caches
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: every format x sparsity x shape `(n, k)` x rows x ISA."""
+
+    formats: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    isas: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    threads: int
+    seconds: float  # per row of the table
+    hot: bool
+    working_set: int  # bytes
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One row: a format at one shape. `seconds` is the median of one multiplication."""
+    """One row of the table. `seconds` is the median of one multiplication."""
 
+    engine: str  # "lacewing", or the rival
     format: str
+    sparsity: float | None  # share of zeros in a sparse format
+    isa: str | None  # None: the rival's own choice
     n: int
     k: int
     m: int
     bytes: int
-    bits_per_weight: float
     seconds: float
+    spread: float  # (90th - 10th percentile) / median
+    samples: int
+
+    @property
+    def name(self) -> str:
+        return self.format if self.sparsity is None else f"{self.format} {self.sparsity:.0%}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / (self.n * self.k)
 
     @property
     def gb_s(self) -> float:
         return self.bytes / self.seconds / 1e9
 
+    @property
+    def gop_s(self) -> float:
+        """Two operations per weight and row, counting zeros: the work of the dense product."""
+        return 2 * self.m * self.n * self.k / self.seconds / 1e9
+
+    @property
+    def peak(self) -> str:
+        """Which peak bounds it: of `int8` or of `float` products."""
+        return "int8" if self._group_size else "float"
+
+    @property
+    def _group_size(self) -> int:
+        known = formats.FORMATS.get(self.format)
+        return known.group_size if known else int("int8" in self.format)
+
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "gb_s": self.gb_s}
+        more = {name: getattr(self, name) for name in ("bits_per_weight", "gb_s", "gop_s")}
+        return {**vars(self), **more}
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What is the same for every row of a run."""
+class Weight(Protocol):
+    """Copies of one weight `[n, k]`, ready to be multiplied."""
 
-    m: int
+    engine: str
+    format: str
+    sparsity: float | None
+    bytes: int
+
+    def isas(self, plan: Plan) -> tuple[str | None, ...]: ...
+    def time(self, m: int, isa: str | None, calls: int) -> list[float]:
+        """Seconds of every call: each copy once, or `calls` calls with the one copy."""
+
+
+@dataclass
+class Packed:
+    """Our own weight: a format's packed copies."""
+
+    format: str
+    sparsity: float | None
+    weights: list[Any]
+    bytes: int
+    k: int
     threads: int
-    isa: str
-    seconds: float
-    sparsity: float
+    engine: str = "lacewing"
+    _inputs: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def random(
+        cls, format: str, sparsity: float | None, n: int, k: int, share: int, threads: int
+    ) -> Packed:
+        """As many copies as fill `share` bytes, at least one."""
+        codes = random_codes(format, n, k, 0.5 if sparsity is None else sparsity)
+        packed = formats.get_format(format).pack(codes)
+        del codes
+        copies = [packed]
+        while sum(copy.nbytes for copy in copies) < share:
+            copies.append(_copy_of(packed))
+        weights = [tensor(copy) for copy in copies]
+        return cls(format, sparsity, weights, packed.nbytes, k, threads)
+
+    def isas(self, plan: Plan) -> tuple[str | None, ...]:
+        return plan.isas
+
+    def time(self, m: int, isa: str | None, calls: int) -> list[float]:
+        x = self._inputs.setdefault(
+            m, np.random.default_rng(0).standard_normal((m, self.k), dtype=np.float32)
+        )
+        linear = compiled().linear
+        times = []
+        for turn in range(max(calls, len(self.weights))):
+            weight = self.weights[turn % len(self.weights)]
+            start = time.perf_counter()
+            linear(x, weight, isa=isa, threads=self.threads)
+            times.append(time.perf_counter() - start)
+        return times
 
 
-def measure(
-    names: list[str], shapes: list[tuple[int, int]], at: Conditions
-) -> Iterator[KernelTime]:
-    """Times every format at every shape `(n, k)`; yields a row as soon as it is known."""
-    for n, k in shapes:
-        x = np.random.default_rng(0).standard_normal((at.m, k), dtype=np.float32)
-        for name in names:
-            yield _measure_one(name, n, k, x, at)
+def _copy_of(packed: formats.PackedTensor) -> formats.PackedTensor:
+    parts = {name: _aligned_copy(part) for name, part in packed.parts.items()}
+    return formats.PackedTensor(packed.format, packed.shape, parts)
 
 
-def _measure_one(name: str, n: int, k: int, x: np.ndarray, at: Conditions) -> KernelTime:
-    packed = formats.get_format(name).pack(random_codes(name, n, k, at.sparsity))
-    weights = [tensor(copy) for copy in _copies(packed)]
-
-    def multiply(turn: int) -> None:
-        compiled().linear(x, weights[turn % len(weights)], isa=at.isa, threads=at.threads)
-
-    seconds = median_time(multiply, len(weights), at.seconds)
-    return KernelTime(name, n, k, at.m, packed.nbytes, packed.bits_per_weight, seconds)
-
-
-def _copies(packed: formats.PackedTensor) -> Iterator[formats.PackedTensor]:
-    yield packed
-    for _ in range(min(64, WORKING_SET // packed.nbytes)):
-        parts = {name: _copy(part) for name, part in packed.parts.items()}
-        yield formats.PackedTensor(packed.format, packed.shape, parts)
-
-
-def _copy(part: np.ndarray) -> np.ndarray:
+def _aligned_copy(part: np.ndarray) -> np.ndarray:
     """A copy that is 64-byte aligned, as parts in a file are: `copy` aligns to 16 only."""
     out = aligned_empty(part.shape, part.dtype)
     out[...] = part
     return out
 
 
-def median_time(run: Callable[[int], None], warm_up: int, seconds: float) -> float:
-    """Median seconds of `run(turn)` over about `seconds`, at least 5 runs, after a warm-up."""
-    for turn in range(warm_up):
-        run(turn)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run(len(times))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+# ---- memory
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the CPU reports; 32 MiB if it tells none."""
+    return max(compiled().cpu_info()["caches"].values(), default=0) or 32 << 20
+
+
+def working_set() -> int:
+    """Bytes to rotate weights through so that no cache holds them, as free memory allows."""
+    from lacewing.engine.runner import available_memory
+
+    wanted = max(256 << 20, int(COLD * last_level_cache()))
+    free = available_memory()
+    return wanted if free is None else min(wanted, free // 2)
+
+
+def check_memory(plan: Plan, rivals: int) -> None:
+    """Raises RequestError where the largest shape would not fit into memory."""
+    from lacewing.engine.runner import available_memory
+
+    free = available_memory()
+    if free is None:
+        return
+    for n, k in plan.shapes:
+        needed = _memory_needed(plan, n, k, rivals)
+        if needed > free:
+            raise RequestError(
+                f"shape {n}x{k} needs about {screen.bytes_text(needed)} of memory to be packed"
+                f" and measured, {screen.bytes_text(free)} is free",
+                hint="measure a slice, such as fewer outputs (a product's time is proportional to"
+                " them), or fewer formats with --format",
+            )
+
+
+def _memory_needed(plan: Plan, n: int, k: int, rivals: int) -> int:
+    sizes = [
+        n * k * formats.get_format(name).weight_bits * 5 // 32  # packed, a quarter for the rest
+        for name, _ in variants(plan)
+    ]
+    sizes += [2 * n * k, n * k][:rivals]
+    share = plan.working_set // max(1, len(sizes))
+    activations = 8 * max(plan.rows) * (n + k)
+    return 10 * n * k + activations + sum(max(size, share) for size in sizes)
+
+
+# ---- measuring
+
+
+def variants(plan: Plan) -> list[tuple[str, float | None]]:
+    """Formats, the sparse ones once per sparsity (where their pattern leaves a choice)."""
+    found: list[tuple[str, float | None]] = []
+    for name in plan.formats:
+        form = formats.get_format(name)
+        fixed = getattr(form, "fixed_sparsity", None)
+        if not form.sparse:
+            found.append((name, None))
+        else:
+            found += [(name, each) for each in ([fixed] if fixed else plan.sparsities)]
+    return found
+
+
+def measure(
+    plan: Plan, rivals: list[Any], told: Callable[[float, float, str], None]
+) -> Iterator[KernelTime]:
+    """Yields the rows of one shape after the other. `told(done, total, text)` hears of progress."""
+    steps = 2 * len(plan.shapes)
+    for index, (n, k) in enumerate(plan.shapes):
+        told(2 * index, steps, f"packing {n}x{k}")
+        weights = _weights(plan, rivals, n, k)
+        told(2 * index + 1, steps, f"measuring {n}x{k}")
+        yield from _interleave(plan, weights, n, k)
+        for rival in rivals:
+            rival.drop()
+        told(2 * index + 2, steps, "")
+
+
+def _weights(plan: Plan, rivals: list[Any], n: int, k: int) -> list[Weight]:
+    kinds = variants(plan)
+    share = 0 if plan.hot else plan.working_set // (len(kinds) + sum(len(r.kinds) for r in rivals))
+    found: list[Weight] = []
+    for name, sparsity in kinds:
+        try:
+            found.append(Packed.random(name, sparsity, n, k, share, plan.threads))
+        except FormatError as error:  # a format that cannot hold such a shape
+            screen.note(f"{name} {n}x{k} is left out: {error}")
+    for rival in rivals:
+        found += rival.weights(n, k, share)
+    return found
+
+
+def _interleave(plan: Plan, weights: list[Weight], n: int, k: int) -> Iterator[KernelTime]:
+    """Rounds through all candidates until their time is up; then their rows."""
+    rows = [
+        (weight, m, isa)
+        for m in plan.rows
+        for isa in dict.fromkeys(isa for weight in weights for isa in weight.isas(plan))
+        for weight in weights
+        if isa in weight.isas(plan)
+    ]
+    calls = _HOT_CALLS if plan.hot else 0
+    times: list[list[float]] = [[] for _ in rows]
+    for weight, m, isa in rows:  # not counted: first pages, first code, threads asleep
+        weight.time(m, isa, calls)
+    end = time.perf_counter() + plan.seconds * len(rows)
+    rounds = 0
+    while rounds < _LEAST_ROUNDS or time.perf_counter() < end:
+        for found, (weight, m, isa) in zip(times, rows, strict=True):
+            found += weight.time(m, isa, calls)
+        rounds += 1
+    for found, (weight, m, isa) in zip(times, rows, strict=True):
+        low, median, high = np.percentile(found, (10, 50, 90)).tolist()
+        yield KernelTime(
+            weight.engine, weight.format, weight.sparsity, isa, n, k, m, weight.bytes,
+            median, (high - low) / median, len(found),
+        )  # fmt: skip
