@@ -28,9 +28,23 @@ struct Stream {
   static constexpr const char* kPartNames[kMaxParts] = {"stream", "offsets"};
   static constexpr int kTileBytes[kMaxParts] = {0, 0};
   static constexpr int kHead = Head;
+  static constexpr int64_t kMaxLines = 36;  // of a record with nothing left out
 
   static LW_INLINE const uint8_t* begin(const PackedTensor& w, int64_t strip) {
     return w.parts[0] + load_u64(w.parts[1] + 8 * strip);
+  }
+  // Cache lines per record, on average over the strip. Every line is prefetched once, in a run when
+  // a record begins. Prefetching beside each expanded block asked for every line twice at half of
+  // the weights: 5-10 % slower there (22 % for 4 bits at 70 % zeros).
+  static LW_INLINE int64_t lines(const PackedTensor& w, int64_t strip) {
+    const int64_t bytes = begin(w, strip + 1) - begin(w, strip);
+    const int64_t count = (bytes * kPad / round_up(w.k, kPad) + 63) / 64;
+    return count < kMaxLines ? count : kMaxLines;  // a strip may claim any length
+  }
+  template <class S>
+  static LW_INLINE void prefetch_record(const uint8_t* record, int64_t lines) {
+    if constexpr (S::kPrefetch)
+      for (int64_t i = 0; i < lines; ++i) prefetch_stream<S>(record + 64 * i);
   }
   // Set bits of the record's bitmaps that begin at byte `at`, over `bytes` bytes.
   static int64_t count(const uint8_t* record, int at, int bytes) {
@@ -47,23 +61,26 @@ struct Bf16sp : Stream<kBitmapBytes> {
     const uint8_t* bitmap;
     const uint8_t* values;
     const uint8_t* head_end;
+    int64_t lines;
   };
-  static LW_INLINE Cursor at_record(const uint8_t* record) {
-    return {record, record + kHead, record + kHead};
+  static LW_INLINE Cursor at_record(const uint8_t* record, int64_t lines) {
+    return {record, record + kHead, record + kHead, lines};
   }
   static LW_INLINE Cursor open(const PackedTensor& w, int64_t strip) {
-    return at_record(begin(w, strip));
+    return at_record(begin(w, strip), lines(w, strip));
   }
   static int64_t values(const uint8_t* record) { return 2 * count(record, 0, kBitmapBytes); }
 
   template <class S>
   static LW_INLINE void pair(Cursor& c, typename S::F32x16& even, typename S::F32x16& odd) {
-    prefetch_stream<S>(c.values);
     const auto v = S::expand_u16(c.bitmap, c.values);
     even = S::bf16_even(v);
     odd = S::bf16_odd(v);
     c.bitmap += 4;
-    if (c.bitmap == c.head_end) c = at_record(c.values);
+    if (c.bitmap == c.head_end) {
+      prefetch_record<S>(c.values, c.lines);
+      c = at_record(c.values, c.lines);
+    }
   }
 };
 
@@ -75,9 +92,10 @@ struct SparseParts : Stream<32 + kBitmapBytes> {
 
   struct Cursor {
     const uint8_t* record;
+    int64_t lines;
   };
   static LW_INLINE Cursor open(const PackedTensor& w, int64_t strip) {
-    return {SparseParts::begin(w, strip)};
+    return {SparseParts::begin(w, strip), SparseParts::lines(w, strip)};
   }
   template <class S>
   static LW_INLINE typename S::F32x16 scale(const Cursor& c) {
@@ -102,11 +120,9 @@ struct W8sp : SparseParts<G> {
   template <class S, class F>
   static LW_INLINE void group(Cursor& c, F&& f) {
     const uint8_t* p = c.record + W8sp::kHead;
-    prefetch_stream<S>(c.record);
-    prefetch_stream<S>(c.record + 64);
+    W8sp::template prefetch_record<S>(c.record, c.lines);
 #pragma GCC unroll 2
     for (int b = 0; b < G / 4; ++b) {
-      prefetch_stream<S>(p);
       f(b, S::expand(kZeroPoint, W8sp::bitmap(c.record, b), p));
     }
     c.record = W8sp::even(c.record, p);
@@ -127,11 +143,9 @@ struct W4sp : SparseParts<G> {
   static LW_INLINE void group(Cursor& c, F&& f) {
     const uint8_t* lo = c.record + W4sp::kHead;
     const uint8_t* hi = lo;
-    prefetch_stream<S>(c.record);
-    prefetch_stream<S>(c.record + 64);
+    W4sp::template prefetch_record<S>(c.record, c.lines);
 #pragma GCC unroll 2
     for (int b = 0; b < G / 8; ++b) {
-      prefetch_stream<S>(lo);
       f(b, S::expand_lo4(kZeroPoint, W4sp::bitmap(c.record, b), lo));
       f(b + G / 8, S::expand_hi4(kZeroPoint, W4sp::bitmap(c.record, b + G / 8), hi));
     }
