@@ -84,7 +84,7 @@ def kernels(build: Path) -> list[str]:
 def compile_native(build: Path, folder: Path) -> Path:
     out = folder / "isa_equality"
     sources = [str(SOURCES / name) for name in ("isa_equality.cpp", "hosted.cpp")]
-    core = objects(build, ["core/formats.cpp", "core/rows.cpp", "core/dispatch.cpp"])
+    core = objects(build, ["core/formats.cpp", "core/kv.cpp", "core/rows.cpp", "core/dispatch.cpp"])
     subprocess.run([compiler(), *FLAGS, *sources, *kernels(build), *core, "-o", str(out)],
                    check=True)  # fmt: skip
     return out
@@ -94,7 +94,7 @@ def compile_bare(build: Path, folder: Path) -> Path:
     """An ELF that a multiboot loader takes: 64-bit code in a 32-bit file."""
     long, out = folder / "long.elf", folder / "test.elf"
     sources = [str(SOURCES / name) for name in ("boot.S", "isa_equality.cpp", "bare.cpp")]
-    core = objects(build, ["core/formats.cpp", "core/rows.cpp"])
+    core = objects(build, ["core/formats.cpp", "core/kv.cpp", "core/rows.cpp"])
     script = ["-T", str(SOURCES / "bare.ld")]
     command = [compiler(), *FLAGS, *BARE, *script, *sources, *kernels(build), *core]
     subprocess.run([*command, "-lgcc", "-o", str(long)], check=True)

@@ -204,7 +204,7 @@ struct NativeModel {
 };
 
 void init_model(NativeModel* self, const nb::dict& spec, const nb::dict& tensors, int64_t kv_blocks,
-                const std::optional<std::string>& isa, int threads) {
+                const std::optional<std::string>& isa, int threads, const std::string& kv) {
   require_range("Model: kv_blocks", kv_blocks, 1, kMaxBlocks);
   require_range("Model: threads", threads, 0, Pool::kMaxThreads);
   std::vector<nb::object> kept;
@@ -212,7 +212,8 @@ void init_model(NativeModel* self, const nb::dict& spec, const nb::dict& tensors
   int64_t context = INT32_MAX;
   for (const Layer& layer : weights.layers)
     context = std::min(context, weights.ropes[static_cast<size_t>(layer.rope)].positions);
-  auto model = std::make_unique<Model>(std::move(weights), kv_blocks, table_of(isa), threads);
+  auto model = std::make_unique<Model>(std::move(weights), kv_blocks, kv_index("Model", kv),
+                                       table_of(isa), threads);
   new (self) NativeModel{std::move(kept), std::move(model), context};
 }
 
@@ -318,7 +319,7 @@ nb::object step(NativeModel& self, const Indices& tokens, const Indices& positio
 void register_model(nb::module_& m) {
   nb::class_<NativeModel>(m, "Model", "A decoder over packed weights, with its paged KV cache.")
       .def("__init__", &init_model, nb::arg("spec"), nb::arg("tensors"), nb::arg("kv_blocks"),
-           nb::arg("isa") = nb::none(), nb::arg("threads") = 0)
+           nb::arg("isa") = nb::none(), nb::arg("threads") = 0, nb::arg("kv") = "f16")
       .def("step", &step, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(),
            nb::arg("slots").noconvert(), nb::arg("block_tables").noconvert(),
            nb::arg("cu_seqlens").noconvert(), nb::arg("logit_rows").noconvert(),

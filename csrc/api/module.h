@@ -14,6 +14,7 @@ namespace nb = nanobind;
 
 namespace lacewing {
 
+void register_attention(nb::module_& m);
 void register_linear(nb::module_& m);
 void register_model(nb::module_& m);
 void register_system(nb::module_& m);
@@ -27,6 +28,9 @@ struct Tensor {
 
 // Index of a format, or ValueError naming those there are.
 int format_index(const std::string& name);
+
+// Index of a KV cache format, or ValueError from `where` naming those there are.
+int kv_index(const std::string& where, const std::string& name);
 
 // The table of an ISA by name; the default one for None. ValueError if it cannot run here.
 const KernelTable& table_of(const std::optional<std::string>& isa);

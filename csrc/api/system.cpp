@@ -19,14 +19,12 @@
 #include "api/module.h"
 #include "core/memory.h"
 #include "core/pool.h"
-#include "ops/limits.h"
 
 namespace lacewing {
 namespace {
 
 using Isa = std::optional<std::string>;
 using Matrix = Array<float, 2>;
-using Cube = Array<float, 3>;
 
 // ---- threads
 
@@ -307,64 +305,6 @@ nb::object rope(const Matrix& x, const Matrix& cos, const Matrix& sin, const Isa
   return numpy(y, m, d);
 }
 
-// A KV cache of one layer filled with k and v `[tokens, n_kv_heads, head_dim]` through a table.
-struct TestCache {
-  Memory k, v;
-
-  TestCache(const KernelTable& table, const Cube& keys, const Cube& values,
-            const Array<int32_t, 1>& blocks) {
-    const int64_t heads = extent(keys, 1), d = extent(keys, 2);
-    int32_t last = 0;
-    for (size_t i = 0; i < blocks.size(); ++i) last = std::max(last, blocks.data()[i]);
-    const size_t cells = static_cast<size_t>((int64_t{last} + 1) * heads * d * kBlock);
-    k = Memory(cells * 2 + 64);
-    v = Memory(cells * 2 + 64);
-    for (int64_t t = 0; t < extent(keys, 0); ++t) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const int64_t at = (blocks.data()[t / kBlock] * heads + h) * d * kBlock;
-        const int64_t from = (t * heads + h) * d;
-        table.store_kv(keys.data() + from, values.data() + from, k.as<uint16_t>() + at,
-                       v.as<uint16_t>() + at, t % kBlock, d);
-      }
-    }
-  }
-};
-
-void check_attention(const Cube& q, const Cube& k, const Cube& v, const Array<int32_t, 1>& table) {
-  require(shape_text(k) == shape_text(v), "attention: k and v must have the same shape, got " +
-                                              shape_text(k) + " and " + shape_text(v));
-  require(k.size() > 0 && extent(q, 2) == extent(k, 2) && extent(q, 1) % extent(k, 1) == 0 &&
-              extent(q, 0) <= extent(k, 0),
-          "attention: q must be [at most tokens, a multiple of n_kv_heads, head_dim] for k " +
-              shape_text(k) + ", got " + shape_text(q));
-  require_range("attention: head_dim", extent(q, 2), 1, kMaxHeadDim);
-  const int64_t blocks = (extent(k, 0) + kBlock - 1) / kBlock;
-  require(extent(table, 0) >= blocks, "attention: block_table must have at least " + text(blocks) +
-                                          " values, got " + text(extent(table, 0)));
-  for (size_t i = 0; i < table.size(); ++i)
-    require_range("attention: block_table", table.data()[i], 0, 1 << 16);
-}
-
-nb::object attention(const Cube& q, const Cube& k, const Cube& v,
-                     const Array<int32_t, 1>& block_table, float scale, int64_t window,
-                     const Isa& isa) {
-  check_attention(q, k, v, block_table);
-  require_range("attention: window", window, 0, INT32_MAX);
-  const KernelTable& table = table_of(isa);
-  const int64_t rows = extent(q, 0), heads = extent(q, 1), d = extent(q, 2);
-  const int64_t kv_heads = extent(k, 1), group = heads / kv_heads;
-  const TestCache cache(table, k, v, block_table);
-  const Memory scratch(kAttentionScratch);
-  Buffer<float> y(q.size());
-  for (int64_t h = 0; h < kv_heads; ++h) {
-    const int64_t column = h * group * d;
-    table.attention({q.data() + column, heads * d, cache.k.as<uint16_t>(), cache.v.as<uint16_t>(),
-                     block_table.data(), h, kv_heads, d, group, rows, extent(k, 0) - rows, window,
-                     scale, y.data.get() + column, heads * d, scratch.data()});
-  }
-  return numpy(y, rows, heads, d);
-}
-
 }  // namespace
 
 void register_system(nb::module_& m) {
@@ -388,9 +328,6 @@ void register_system(nb::module_& m) {
         nb::arg("isa") = nb::none(), "act(gate) * up");
   m.def("rope", &rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("isa") = nb::none(),
         "Rows of x [m, d] turned by their angles [m, d / 2], halves layout.");
-  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("block_table"),
-        nb::arg("scale"), nb::arg("window") = 0, nb::arg("isa") = nb::none(),
-        "Causal attention of the last rows of a sequence, through a paged f16 cache.");
 }
 
 }  // namespace lacewing

@@ -2,6 +2,7 @@
 // Kernels allocate nothing, start no thread, check no argument and write only their slice.
 #pragma once
 
+#include "core/kv.h"
 #include "core/types.h"
 
 namespace lacewing {
@@ -22,27 +23,39 @@ struct LinearArgs {
 };
 inline constexpr size_t kLinearScratch = 256 * 1024;
 
-// Scaled dot-product attention of one query token against a paged f16 KV cache, for the query
-// heads of one KV head. Cache of one layer: block = 16 tokens;
-//   K at ((block * n_kv_heads + h) * head_dim * 16): [head_dim][16]  (lanes = tokens)
-//   V at the same offset in the V array:             [16][head_dim]
-// Tokens first..last (inclusive, positions in the sequence) are attended.
-// `rows` query tokens of one sequence at once: token i attends first_i..last_i where
+// Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for
+// the query heads of one KV head. Token i attends the positions first_i..last_i (inclusive), where
 // last_i = last + i, first_i = window > 0 ? max(0, last_i - window + 1) : 0.
 struct AttentionArgs {
   const float* q;  // token i, head j (0..group_heads): q + i * q_stride + j * head_dim, rotated
   int64_t q_stride;
-  const uint16_t* k;
-  const uint16_t* v;
+  const uint8_t* cache;        // of one layer and KV head: [block][block_bytes of the KV format]
   const int32_t* block_table;  // physical block of each logical block
-  int64_t kv_head, n_kv_heads, head_dim, group_heads;
+  int64_t head_dim, group_heads;
   int64_t rows, last, window;
   float scale;
   float* out;  // as q, with out_stride
   int64_t out_stride;
-  void* scratch;  // kAttentionScratch bytes, private to the calling thread
+  void* scratch;  // kAttentionScratch bytes, 64-byte aligned, private to the calling thread
 };
-inline constexpr size_t kAttentionScratch = 256 * 1024;
+inline constexpr size_t kAttentionScratch = 1024 * 1024;
+inline constexpr int64_t kSegment = 512;  // tokens of one independent partial result
+// Queries (rows x group_heads) of an attention that can be cut into segments.
+inline constexpr int64_t kMaxSplitQueries = 16;
+// Floats of the partial results of one segment.
+inline constexpr int64_t partial_floats(int64_t head_dim) {
+  return 4 * 16 + 2 * kMaxSplitQueries * (16 + (head_dim + 15) / 16 * 16);
+}
+
+struct KvKernels {
+  // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
+  void (*store)(const float* k, const float* v, uint8_t* block, int64_t lane, int64_t head_dim);
+  void (*attention)(const AttentionArgs&);
+  // `attention` in parts, for several threads: the segments [first, stop) of the sequence's tokens
+  // into partials + segment * partial_floats(head_dim); when all are there, their sum.
+  void (*attend_segments)(const AttentionArgs&, int64_t first, int64_t stop, float* partials);
+  void (*merge_segments)(const AttentionArgs&, float* partials);
+};
 
 // Up to how many rows a product takes one way rather than the next; set at run time, atomically.
 struct Switch {
@@ -75,10 +88,7 @@ struct KernelTable {
   void (*act_mul)(Activation act, const float* gate, const float* up, int64_t n, float* y);
   // Rotates the halves of one head in place: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
   void (*rope)(float* x, const float* cos, const float* sin, int64_t head_dim);
-  // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
-  void (*store_kv)(const float* k, const float* v, uint16_t* k_block, uint16_t* v_block,
-                   int64_t lane, int64_t head_dim);
-  void (*attention)(const AttentionArgs&);
+  KvKernels kv[kKvFormatCount];
   // Reads `bytes` bytes and returns a checksum (bandwidth measurement).
   uint64_t (*read_stream)(const uint8_t* p, size_t bytes);
   // `turns` turns of nothing but the products that integer formats and float formats are made of,

@@ -223,11 +223,6 @@ class Forward::Worker {
 
   // ---- attention
 
-  uint16_t* cache(const Memory& memory, size_t layer) {
-    const int64_t cells = model_.kv_blocks_ * spec_.kv_size() * 16;
-    return memory.as<uint16_t>() + static_cast<int64_t>(layer) * cells;
-  }
-
   // One head of q or k, normalized and turned.
   void turn(float* head, const float* norm, const Rope& rope, int64_t position) {
     if (spec_.qk_norm) {
@@ -249,20 +244,47 @@ class Forward::Worker {
     for (int64_t j = 0; j < s.group_heads(); ++j)
       turn(q + j * s.head_dim, w.q_norm, rope, position);
     turn(k, w.k_norm, rope, position);
-    const int64_t at = (slot / 16 * s.n_kv_heads + kv_head) * s.head_dim * 16;
-    table_.store_kv(k, k + s.kv_size(), cache(model_.k_cache_, layer) + at,
-                    cache(model_.v_cache_, layer) + at, slot % 16, s.head_dim);
+    uint8_t* cache = model_.cache(static_cast<int64_t>(layer), kv_head);
+    model_.kv_.store(k, k + s.kv_size(), cache + slot / kBlock * model_.kv_block_bytes_,
+                     slot % kBlock, s.head_dim);
   }
 
-  void attend(size_t layer, const Layer& w, const Tile& tile, int64_t kv_head) {
+  AttentionArgs attention_of(size_t layer, const Layer& w, const Tile& tile, int64_t kv_head) {
     const Spec& s = spec_;
     const int64_t column = kv_head * s.group_heads() * s.head_dim;
     float* out = model_.shared_.attended.as<float>() + tile.row * s.q_size() + column;
-    table_.attention({qkv() + tile.row * s.qkv_size() + column, s.qkv_size(),
-                      cache(model_.k_cache_, layer), cache(model_.v_cache_, layer),
-                      f_.input_.block_tables + tile.sequence * f_.input_.max_blocks, kv_head,
-                      s.n_kv_heads, s.head_dim, s.group_heads(), tile.rows, tile.position, w.window,
-                      s.attention_scale, out, s.q_size(), space_.kernel.data()});
+    return {qkv() + tile.row * s.qkv_size() + column,
+            s.qkv_size(),
+            model_.cache(static_cast<int64_t>(layer), kv_head),
+            f_.input_.block_tables + tile.sequence * f_.input_.max_blocks,
+            s.head_dim,
+            s.group_heads(),
+            tile.rows,
+            tile.position,
+            w.window,
+            s.attention_scale,
+            out,
+            s.q_size(),
+            space_.kernel.data()};
+  }
+
+  // Whether the item's tile and head are complete with it: the last of its parts merges them.
+  bool attend(size_t layer, const Layer& w, const Item& item) {
+    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
+    const AttentionArgs args = attention_of(layer, w, tile, item.kv_head);
+    if (tile.parts == 1) {
+      model_.kv_.attention(args);
+      return true;
+    }
+    float* partials = model_.shared_.partials.as<float>() + tile.partials +
+                      item.kv_head * tile.segments * partial_floats(spec_.head_dim);
+    model_.kv_.attend_segments(args, item.first, item.stop, partials);
+    std::atomic<int64_t>& done =
+        f_.done_[static_cast<size_t>(item.tile * spec_.n_kv_heads + item.kv_head)];
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.parts) return false;
+    done.store(0, std::memory_order_relaxed);  // for the next layer
+    model_.kv_.merge_segments(args, partials);
+    return true;
   }
 
   // The columns [begin, end) of attention's output as o_proj wants them.
@@ -278,20 +300,20 @@ class Forward::Worker {
     const int64_t columns = s.group_heads() * s.head_dim;
     const int64_t group = slice_columns(w.o.w);
     const bool whole_groups = group && columns % group == 0;
-    if (!chunk_->decode) {
+    if (!chunk_->alone) {
       const Range mine = share(m_, tid_, n_);
       for (int64_t r = mine.begin; r < mine.end; ++r)
         for (int64_t h = 0; h < s.n_kv_heads; ++h) prepare_head(layer, w, r, h);
       meet();
     }
-    const int64_t items = static_cast<int64_t>(chunk_->tiles.size()) * s.n_kv_heads;
+    const int64_t items = static_cast<int64_t>(chunk_->items.size());
     for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      const Tile& tile = chunk_->tiles[static_cast<size_t>(i / s.n_kv_heads)];
-      const int64_t h = i % s.n_kv_heads;
-      if (chunk_->decode) prepare_head(layer, w, tile.row, h);
-      attend(layer, w, tile, h);
-      for (int64_t r = 0; whole_groups && r < tile.rows; ++r)
-        quantize_heads(w, tile.row + r, h * columns, (h + 1) * columns);
+      const Item& item = chunk_->items[static_cast<size_t>(i)];
+      const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
+      if (chunk_->alone) prepare_head(layer, w, tile.row, item.kv_head);
+      const bool complete = attend(layer, w, item);
+      for (int64_t r = 0; complete && whole_groups && r < tile.rows; ++r)
+        quantize_heads(w, tile.row + r, item.kv_head * columns, (item.kv_head + 1) * columns);
     }
     meet();
     if (whole_groups) return;
@@ -322,10 +344,19 @@ class Forward::Worker {
 Forward::Forward(Model& model, const StepInput& input)
     : model_(model),
       input_(input),
-      chunks_(plan_chunks(input, model.weights_.spec)),
+      chunks_(plan_chunks(input, model.weights_.spec, model.threads())),
       taken_(new std::atomic<int64_t>[chunks_.size() * model.weights_.layers.size()]()),
       barrier_(Pool::instance().resolve(model.threads()),
-               Pool::instance().may_spin(model.threads())) {}
+               Pool::instance().may_spin(model.threads())) {
+  int64_t pairs = 0, floats = 0;
+  for (const Chunk& chunk : chunks_) {
+    pairs = std::max(pairs, static_cast<int64_t>(chunk.tiles.size()));
+    floats = std::max(floats, chunk.partial_floats);
+  }
+  done_.reset(
+      new std::atomic<int64_t>[static_cast<size_t>(pairs * model.weights_.spec.n_kv_heads)]());
+  model.reserve_partials(floats);
+}
 
 void Forward::run(int tid, int n) {
   Worker worker(*this, tid, n);

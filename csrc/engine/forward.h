@@ -23,6 +23,7 @@ class Forward {
   const StepInput& input_;
   std::vector<Chunk> chunks_;
   std::unique_ptr<std::atomic<int64_t>[]> taken_;  // attention items, by chunk and layer
+  std::unique_ptr<std::atomic<int64_t>[]> done_;   // parts done of a tile and KV head
   Barrier barrier_;
 };
 

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kPrivateFloats = 4096;  // normalizing these costs about as much as a barrier
 constexpr int64_t kTileCells = 4096;      // rows x strips of a tile: 256 KB each for gate and up
-constexpr size_t kSpare = 64;             // attention may read past the last V row
 
 size_t checked_product(std::initializer_list<int64_t> factors) {
   size_t product = 1;
@@ -44,16 +43,16 @@ Rows RowsMemory::place(const PackedTensor& w, int64_t m) const {
   return place_rows(kFormatInfo[w.format], m, w.k, memory[grid_of(w)].data());
 }
 
-Model::Model(Weights weights, int64_t kv_blocks, const KernelTable& table, int threads)
+Model::Model(Weights weights, int64_t kv_blocks, int kv, const KernelTable& table, int threads)
     : weights_(std::move(weights)),
       kv_blocks_(kv_blocks),
       table_(table),
+      kv_(table.kv[kv]),
+      kv_block_bytes_(kKvInfo[kv].block_bytes(weights_.spec.head_dim)),
       thread_(static_cast<size_t>(Pool::instance().resolve(threads))) {
   const Spec& s = weights_.spec;
   const int64_t layers = static_cast<int64_t>(weights_.layers.size());
-  const size_t cells = checked_product({layers, kv_blocks, s.kv_size(), 16, 2});
-  k_cache_ = Memory(cells + kSpare);
-  v_cache_ = Memory(cells + kSpare);
+  cache_ = Memory(checked_product({layers, s.n_kv_heads, kv_blocks, kv_block_bytes_}));
   reserve_shared();
   for (ThreadSpace& space : thread_) reserve_thread(space);
 }
@@ -90,6 +89,11 @@ void Model::reserve_thread(ThreadSpace& space) {
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.up})
       space.hidden.reserve(linear->w, rows);
   space.hidden.reserve(weights_.head.w, rows);
+}
+
+void Model::reserve_partials(int64_t floats) {
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  if (shared_.partials.size() < bytes) shared_.partials = Memory(bytes);
 }
 
 void Model::step(const StepInput& input) {

@@ -105,19 +105,26 @@ struct SharedSpace {
   Memory attended;                  // [kChunk, q_size]
   Memory activated;                 // [kChunk, intermediate_size], if down has one scale per row
   Memory projected;                 // [kChunk, hidden_size], sandwich_norm only
+  Memory partials;                  // of attention, as many as a chunk needs; see engine/plan.h
   RowsMemory hidden, heads, inner;  // inputs of q|k|v|gate|up|head, of o, of down
 };
 
 class Model {
  public:
   // Borrows everything `weights` points to. Throws std::bad_alloc.
-  Model(Weights weights, int64_t kv_blocks, const KernelTable& table, int threads);
+  // `kv`: index into LACEWING_KV_FORMATS.
+  Model(Weights weights, int64_t kv_blocks, int kv, const KernelTable& table, int threads);
 
   // Calls from several threads are served one after another.
   void step(const StepInput& input);
 
   const Weights& weights() const { return weights_; }
   int64_t kv_blocks() const { return kv_blocks_; }
+  // Keys and values of one layer and head.
+  uint8_t* cache(int64_t layer, int64_t kv_head) const {
+    const int64_t heads = layer * weights_.spec.n_kv_heads + kv_head;
+    return cache_.data() + heads * kv_blocks_ * kv_block_bytes_;
+  }
   int threads() const { return static_cast<int>(thread_.size()); }
 
  private:
@@ -126,13 +133,19 @@ class Model {
   Weights weights_;
   int64_t kv_blocks_;
   const KernelTable& table_;
-  Memory k_cache_, v_cache_;  // [layers][kv_blocks][n_kv_heads][head_dim x 16]
+  const KvKernels& kv_;
+  int64_t kv_block_bytes_;  // of one block and head
+  // [layers][n_kv_heads][kv_blocks][kv_block_bytes]: one head's tokens follow each other, which
+  // the hardware's prefetcher wants.
+  Memory cache_;
   SharedSpace shared_;
   std::vector<ThreadSpace> thread_;
   std::mutex stepping_;
 
   void reserve_shared();
   void reserve_thread(ThreadSpace& space);
+  // Room for partial results of attention. Throws std::bad_alloc.
+  void reserve_partials(int64_t floats);
 };
 
 // Rows of hidden_size that a thread normalizes for itself instead of meeting the others.

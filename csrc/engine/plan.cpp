@@ -6,19 +6,51 @@
 namespace lacewing {
 namespace {
 
-// Rows of a tile: a whole number of the attention kernel's batches of 6 queries, about 48 queries.
+// Rows of a tile: a whole number of the attention kernel's batches of 12 queries, about 96 queries.
 int64_t tile_rows(int64_t group_heads) {
-  const int64_t unit = 6 / std::gcd<int64_t, int64_t>(group_heads, 6);
-  return unit * std::max<int64_t>(1, 48 / (unit * group_heads));
+  const int64_t unit = 12 / std::gcd<int64_t, int64_t>(group_heads, 12);
+  return unit * std::max<int64_t>(1, 96 / (unit * group_heads));
+}
+
+// Too few tiles and heads for the threads: the long contexts are cut, in about `kPieces` pieces per
+// thread, so that the threads end together.
+constexpr int64_t kPieces = 8;
+
+void cut_tiles(Chunk& chunk, const Spec& spec, int threads) {
+  const int64_t pairs = static_cast<int64_t>(chunk.tiles.size()) * spec.n_kv_heads;
+  if (threads == 1 || pairs >= kPieces * threads) return;
+  int64_t segments = 0;
+  for (const Tile& tile : chunk.tiles) segments += tile.segments * spec.n_kv_heads;
+  const int64_t piece = std::max<int64_t>(1, segments / (kPieces * threads));
+  for (Tile& tile : chunk.tiles) {
+    if (tile.rows * spec.group_heads() > kMaxSplitQueries) continue;
+    tile.parts = (tile.segments + piece - 1) / piece;
+    if (tile.parts == 1) continue;
+    chunk.alone = false;
+    tile.partials = chunk.partial_floats;
+    chunk.partial_floats += tile.segments * spec.n_kv_heads * partial_floats(spec.head_dim);
+  }
+}
+
+void add_items(Chunk& chunk, const Spec& spec) {
+  for (int64_t t = 0; t < static_cast<int64_t>(chunk.tiles.size()); ++t) {
+    const Tile& tile = chunk.tiles[static_cast<size_t>(t)];
+    for (int64_t h = 0; h < spec.n_kv_heads; ++h)
+      for (int64_t i = 0; i < tile.parts; ++i)
+        chunk.items.push_back(
+            {t, h, tile.segments * i / tile.parts, tile.segments * (i + 1) / tile.parts});
+  }
 }
 
 void add_tiles(Chunk& chunk, const StepInput& input, int64_t sequence, int64_t limit) {
   const int64_t first = std::max<int64_t>(input.cu_seqlens[sequence], chunk.begin);
   const int64_t last = std::min<int64_t>(input.cu_seqlens[sequence + 1], chunk.begin + chunk.rows);
-  if (last - first > 1) chunk.decode = false;
-  for (int64_t row = first; row < last; row += limit)
-    chunk.tiles.push_back({row - chunk.begin, std::min(limit, last - row), sequence,
-                           static_cast<int64_t>(input.positions[row])});
+  if (last - first > 1) chunk.alone = false;
+  for (int64_t row = first; row < last; row += limit) {
+    const int64_t rows = std::min(limit, last - row), position = input.positions[row];
+    chunk.tiles.push_back(
+        {row - chunk.begin, rows, sequence, position, 1, 0, (position + rows - 1) / kSegment + 1});
+  }
 }
 
 void add_logits(Chunk& chunk, const StepInput& input) {
@@ -35,18 +67,20 @@ void add_logits(Chunk& chunk, const StepInput& input) {
 
 }  // namespace
 
-std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec) {
+std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads) {
   const int64_t limit = tile_rows(spec.group_heads());
   std::vector<Chunk> chunks;
   int64_t sequence = 0;
   for (int64_t begin = 0; begin < input.count; begin += kChunk) {
-    Chunk chunk{begin, std::min(kChunk, input.count - begin), true, {}, {}};
+    Chunk chunk{begin, std::min(kChunk, input.count - begin), true, {}, {}, 0, {}};
     while (input.cu_seqlens[sequence + 1] <= begin) ++sequence;
     for (int64_t s = sequence; s < input.sequences && input.cu_seqlens[s] < begin + chunk.rows; ++s)
       add_tiles(chunk, input, s, limit);
     std::stable_sort(chunk.tiles.begin(), chunk.tiles.end(), [](const Tile& a, const Tile& b) {
       return a.position + a.rows > b.position + b.rows;
     });
+    cut_tiles(chunk, spec, threads);
+    add_items(chunk, spec);
     add_logits(chunk, input);
     chunks.push_back(std::move(chunk));
   }

@@ -12,6 +12,14 @@ struct Tile {
   int64_t row, rows;  // in the chunk
   int64_t sequence;
   int64_t position;  // of the first row
+  int64_t parts;     // that its attention is cut into; 1: whole
+  int64_t partials;  // cut: where its segments' partial results are, in floats, by KV head
+  int64_t segments;  // of the sequence up to the last row
+};
+
+// What one thread does at a time: a tile's attention for one KV head, or some of its segments.
+struct Item {
+  int64_t tile, kv_head, first, stop;
 };
 
 // Rows of a chunk whose logits are wanted, with consecutive places in the output.
@@ -22,11 +30,14 @@ struct LogitRun {
 
 struct Chunk {
   int64_t begin, rows;
-  bool decode;  // no two rows of one sequence: each row can store its own keys and attend at once
+  bool alone;  // one item per row of every sequence: it can store its keys and attend at once
   std::vector<Tile> tiles;  // longest context first
+  std::vector<Item> items;
+  int64_t partial_floats;
   std::vector<LogitRun> logits;
 };
 
-std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec);
+// `threads` decides how the work is cut, never what is computed.
+std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads);
 
 }  // namespace lacewing

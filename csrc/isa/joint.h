@@ -13,7 +13,6 @@
 #include "ops/activation.h"
 #include "ops/attention.h"
 #include "ops/elementwise.h"
-#include "ops/kv_store.h"
 #include "ops/math.h"
 #include "ops/peak.h"
 #include "ops/quantize_rows.h"
@@ -43,8 +42,12 @@ constexpr KernelTable make_table() {
       scale<S>,
       act_mul<S>,
       rope<S>,
-      store_kv<S>,
-      attention<S>,
+      {
+#define LACEWING_KV_KERNELS(name, Kv) \
+  {Kv::store<S>, attention<S, Kv>, attend_segments<S, Kv>, merge_segments<S, Kv>},
+          LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
+#undef LACEWING_KV_KERNELS
+      },
       read_stream<S>,
       spin_int8<S>,
       spin_float<S>,

@@ -1,295 +1,377 @@
-// Attention of query rows against a paged f16 cache: online softmax, no horizontal dot products.
+// Attention of query rows against a paged KV cache of any codec: online softmax, no horizontal dot
+// products, the same arithmetic for decoding and for prompts.
 //
-// Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j and taken
-// kQueries at a time, so that every loaded piece of K and V serves all of them. What is computed
-// for one query depends on its own tokens only, never on its neighbours:
+// Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
+// them walks the tokens together, in batches whose sums fit the registers. A few queries read the
+// cache's blocks as they are and prefetch; for many, each span is first widened to f32 in L2. What
+// is computed for one query depends on its own tokens only, never on its neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
-//     independent of each other and merged in order, so they could be given to several threads);
+//     independent of each other and merged in order, so they can be given to several threads);
 //   - a token outside a query's range has score -inf, weight 0, and leaves every sum as it is
 //     (the cache holds finite values only); sums that may differ in the sign of a zero are
 //     normalized by adding +0 at the end.
 #pragma once
 
-#include "core/kernels.h"
-#include "ops/elementwise.h"
-#include "ops/limits.h"
-#include "ops/math.h"
+#include "ops/attention_kernels.h"
 
 namespace lacewing {
 namespace {
 
-constexpr int kQueries = 6;                   // 12 of AVX2's 16 registers are accumulators
-constexpr int64_t kSpan = 128;                // tokens of one softmax update
-constexpr int64_t kSegment = 512;             // tokens of one independent partial result
 constexpr float kNoScore = -3.402823466e38f;  // lower than any score, but finite
+constexpr int kMaxTile = 96;                  // queries
+constexpr int kDirect = 8;                    // so many queries read the cache's blocks as they are
 
-// With few queries (decoding) several blocks at once hide the latency of the additions ...
-template <class S, int N>
-constexpr int kAtOnce = 4 * N <= S::kFloatSums   ? 4
-                        : 2 * N <= S::kFloatSums ? 2
-                                                 : 1;
-// ... and the cache comes from far away.
-template <int N>
-constexpr bool kStreams = N <= 4;
-
-// Partial results of kQueries queries over some tokens: sum_t e^(s_t - max) v_t and its weight.
+// Partial results over some tokens: sum_t e^(s_t - max) v_t and its weight, by slot of the tile.
 struct Partial {
-  float max[16];
-  float weight[kQueries][16];  // lane sums of e^(s_t - max), tokens by lane
-  float value[kQueries][kMaxHeadDim];
+  float* max;     // [batches][16]
+  float* weight;  // [slots][16]: lane sums of e^(s_t - max), tokens by lane
+  float* value;   // [slots][pad16(head_dim)]
 };
 
-struct AttentionScratch {
-  float query[kQueries][kMaxHeadDim + 8];  // + 8: copies of one lane lie in different cache banks
-  float score[kQueries][kSpan];
-  float rescale[16];
-  int64_t first[kQueries], last[kQueries];  // tokens attended by each query
-  Partial segment, total;
+struct Batch {
+  int slot, size;       // slots past the tile's last query repeat it
+  int64_t first, stop;  // tokens that some query of it attends
 };
-static_assert(sizeof(AttentionScratch) <= 256 * 1024);
 
-// Scores of N queries against `Blocks` cache blocks: lanes are tokens, one chain over head_dim.
-// While it runs it asks for as many bytes of each `ahead` (null: nothing).
-template <class S, int N, int Blocks>
-inline void score_blocks(AttentionScratch& s, const uint16_t* const* keys,
-                         const uint16_t* const* ahead, int64_t head_dim, int64_t column) {
-  typename S::F32x16 sums[Blocks][N];
-#pragma GCC unroll 4
-  for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 8
-    for (int q = 0; q < N; ++q) sums[b][q] = S::zero();
-  for (int64_t d = 0; d < head_dim; ++d) {
-#pragma GCC unroll 4
-    for (int b = 0; b < Blocks; ++b) {
-      const auto key = S::load_f16(keys[b] + d * kBlock);
-#pragma GCC unroll 8
-      for (int q = 0; q < N; ++q) sums[b][q] = S::fma(S::set1(s.query[q][d]), key, sums[b][q]);
-    }
-    if constexpr (kStreams<N>)  // every line once: keys on even d, values on odd d
-#pragma GCC unroll 4
-      for (int b = 0; b < Blocks; ++b)
-        S::prefetch_t0(ahead[2 * b + (d & 1)] + (d & ~int64_t{1}) * kBlock);
+// Calls f with a batch's size as a constant.
+template <class S, bool Direct, class F>
+LW_INLINE void with_size(int n, F f) {
+  constexpr int kWide = S::kAttentionBatch;
+  const auto call = [&]<int N>() {
+    if constexpr (N <= kWide && (Direct ? N <= kDirect : N == kWide || N == kWide / 2))
+      f.template operator()<N>();
+  };
+  switch (n) {
+    case 1:
+      return call.template operator()<1>();
+    case 2:
+      return call.template operator()<2>();
+    case 3:
+      return call.template operator()<3>();
+    case 4:
+      return call.template operator()<4>();
+    case 6:
+      return call.template operator()<6>();
+    case 8:
+      return call.template operator()<8>();
+    case 12:
+      return call.template operator()<12>();
   }
-#pragma GCC unroll 4
-  for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 8
-    for (int q = 0; q < N; ++q) S::store(s.score[q] + column + b * kBlock, sums[b][q]);
 }
 
-// `Blocks` blocks from block b of the sequence on; the keys kAhead blocks further on and the values
-// of these blocks will be wanted soon.
-template <class S, int N, int Blocks>
-inline void score_from(const AttentionArgs& a, AttentionScratch& s, int64_t b, int64_t last_block,
-                       int64_t column) {
-  constexpr int64_t kAhead = 4;
-  const int64_t head_block = a.head_dim * kBlock, stride = a.n_kv_heads * head_block;
-  const int64_t head = a.kv_head * head_block;
-  const uint16_t *keys[Blocks], *ahead[2 * Blocks];
-  for (int i = 0; i < Blocks; ++i) {
-    const int64_t next = b + i + kAhead < last_block ? b + i + kAhead : last_block;
-    keys[i] = a.k + head + a.block_table[b + i] * stride;
-    ahead[2 * i] = a.k + head + a.block_table[next] * stride;
-    ahead[2 * i + 1] = a.v + head + a.block_table[b + i] * stride;
-  }
-  score_blocks<S, N, Blocks>(s, keys, ahead, a.head_dim, column);
-}
-
-template <class S, int N>
-inline void score_span(const AttentionArgs& a, AttentionScratch& s, int64_t begin, int64_t end) {
-  constexpr int kBlocks = kAtOnce<S, N>;
-  const int64_t last_block = s.last[N - 1] / kBlock;
-  int64_t t = begin;
-  for (; t + (kBlocks - 1) * kBlock < end; t += kBlocks * kBlock)
-    score_from<S, N, kBlocks>(a, s, t / kBlock, last_block, t - begin);
-  for (; t < end; t += kBlock) score_from<S, N, 1>(a, s, t / kBlock, last_block, t - begin);
-}
-
-// Tokens of the span [begin, end) outside of [first, last] of query q get no weight.
+// The smallest size of a batch that takes `left` queries, or the largest there is.
 template <class S>
-inline void mask_scores(AttentionScratch& s, int q, int64_t begin, int64_t padded_end) {
-  float* score = s.score[q];
-  for (int64_t t = begin; t < s.first[q] && t < padded_end; ++t)
-    score[t - begin] = -__builtin_inff();
-  for (int64_t t = s.last[q] + 1 > begin ? s.last[q] + 1 : begin; t < padded_end; ++t)
-    score[t - begin] = -__builtin_inff();
+int batch_size(int64_t left, bool direct) {
+  constexpr int kWide = S::kAttentionBatch;
+  if (!direct) return left <= kWide / 2 ? kWide / 2 : kWide;
+  constexpr int kSizes[] = {1, 2, 3, 4, 6, 8};
+  for (int n : kSizes)
+    if (n <= kWide && left <= n) return n;
+  return kWide;
 }
 
-// Scores become weights e^(scale (score - max)); s.rescale is what older sums must be multiplied
-// by.
-template <class S>
-inline void weigh_span(AttentionScratch& s, Partial& part, int n, float scale, int64_t begin,
-                       int64_t end) {
-  const int64_t columns = (end - begin + kBlock - 1) / kBlock * kBlock;
-  const auto old = S::load(part.max), factor = S::set1(scale);
-  for (int q = 0; q < n; ++q) {
-    mask_scores<S>(s, q, begin, begin + columns);
-    auto largest = S::set1(part.max[q]);
-    for (int64_t t = 0; t < columns; t += 16) largest = S::max(S::load(s.score[q] + t), largest);
-    part.max[q] = S::hmax(largest);
+// A tile of queries at work.
+template <class S, class Kv>
+class Tile {
+ public:
+  // Queries that fit into the scratch.
+  static int64_t limit(int64_t head_dim) {
+    const int64_t pitch = pad_to(head_dim, 16);
+    const int64_t shared = sizeof(Shared) + 64 + kSpanBlocks * F32Kv::block_bytes(head_dim);
+    const int64_t each = (3 * pitch + 32 + 2 * 16) * static_cast<int64_t>(sizeof(float));
+    const int64_t fit = (static_cast<int64_t>(kAttentionScratch) - shared) / each / 12 * 12;
+    return fit < kMaxTile ? fit : kMaxTile;
   }
-  S::store(s.rescale, exp<S>(S::mul(S::sub(old, S::load(part.max)), factor)));
-  for (int q = 0; q < n; ++q) {
-    const auto max = S::set1(part.max[q]);
-    auto weight = S::mul(S::load(part.weight[q]), S::set1(s.rescale[q]));
-    for (int64_t t = 0; t < columns; t += 16) {
-      const auto e = exp<S>(S::mul(S::sub(S::load(s.score[q] + t), max), factor));
-      S::store(s.score[q] + t, e);
-      weight = S::add(weight, e);
+
+  Tile(const AttentionArgs& a, int64_t u0, int64_t queries)
+      : a_(a), s_(*static_cast<Shared*>(a.scratch)), u0_(u0), queries_(queries) {
+    direct_ = queries <= kDirect;
+    pitch_ = pad_to(a.head_dim, 16);
+    cut_batches();
+    float* at = reinterpret_cast<float*>(&s_ + 1);
+    query_ = at;
+    segment_ = place(query_ + slots_ * pitch_);
+    total_ = place(segment_.value + slots_ * pitch_);
+    wide_ = reinterpret_cast<uint8_t*>(total_.value + slots_ * pitch_);
+  }
+
+  void attend() {
+    load_queries();
+    for (int64_t begin = first_; begin < stop_;) {
+      const int64_t end = segment_end(begin);
+      // Merging into nothing changes no bit: the first segment can start the total.
+      const Partial& part = begin == first_ ? total_ : segment_;
+      attend_segment(part, begin, end);
+      if (begin != first_) merge(total_, part);
+      begin = end;
     }
-    S::store(part.weight[q], weight);
+    store_outputs(total_);
   }
-}
 
-// value = value * rescale + sum_t weight_t v_t, tokens in order, for `Chunks` x 16 of head_dim.
-template <class S, int N, int Chunks>
-inline void add_values(const AttentionArgs& a, AttentionScratch& s, Partial& part, int64_t begin,
-                       int64_t end, int64_t column) {
-  const int64_t head_block = a.head_dim * kBlock, stride = a.n_kv_heads * head_block;
-  const uint16_t* base = a.v + a.kv_head * head_block + column;
-  const int64_t blocks = (end - begin + kBlock - 1) / kBlock;
-  const int32_t* table = a.block_table + begin / kBlock;
-  typename S::F32x16 sums[Chunks][N];
-#pragma GCC unroll 4
-  for (int c = 0; c < Chunks; ++c)
-#pragma GCC unroll 8
-    for (int q = 0; q < N; ++q)
-      sums[c][q] = S::mul(S::load(part.value[q] + column + 16 * c), S::set1(s.rescale[q]));
-  for (int64_t b = 0; b < blocks; ++b) {
-    const uint16_t* values = base + table[b] * stride;
-    for (int t = 0; t < kBlock; ++t) {
-#pragma GCC unroll 4
-      for (int c = 0; c < Chunks; ++c) {
-        const auto value = S::load_f16(values + t * a.head_dim + 16 * c);
-#pragma GCC unroll 8
-        for (int q = 0; q < N; ++q)
-          sums[c][q] = S::fma(S::set1(s.score[q][b * kBlock + t]), value, sums[c][q]);
+  // Segments [first, stop) of the sequence into their places in `partials`.
+  void attend_part(int64_t first, int64_t stop, float* partials) {
+    load_queries();
+    for (int64_t i = first; i < stop; ++i) {
+      const int64_t begin = i * kSegment > first_ ? i * kSegment : first_;
+      if (begin < segment_end(i * kSegment))
+        attend_segment(partial(partials, i), begin, segment_end(i * kSegment));
+    }
+  }
+
+  void merge_parts(float* partials) {
+    const int64_t first = first_ / kSegment, stop = (stop_ + kSegment - 1) / kSegment;
+    const Partial total = partial(partials, first);
+    for (int64_t i = first + 1; i < stop; ++i) merge(total, partial(partials, i));
+    store_outputs(total);
+  }
+
+ private:
+  struct Shared {
+    alignas(64) float score[12][kSpan];
+    float value_scale[kSpan];
+    float rescale[16];
+    float query_scale[kMaxTile + 12];
+    int32_t query_sum[kMaxTile + 12];
+    int64_t first[kMaxTile + 12], last[kMaxTile + 12];  // tokens attended, by slot
+    Batch batches[kMaxTile];
+  };
+
+  int64_t segment_end(int64_t begin) const {
+    const int64_t next = (begin / kSegment + 1) * kSegment;
+    return next < stop_ ? next : stop_;
+  }
+
+  Partial place(float* p) const { return {p, p + batches_ * 16, p + batches_ * 16 + slots_ * 16}; }
+  Partial partial(float* partials, int64_t i) const {
+    return place(partials + i * partial_floats(a_.head_dim));
+  }
+
+  // ---- queries
+
+  void cut_batches() {
+    first_ = INT64_MAX, stop_ = 0;
+    for (int64_t q = 0; q < queries_; q += s_.batches[batches_ - 1].size) {
+      Batch& batch = s_.batches[batches_++];
+      batch = {static_cast<int>(q), batch_size<S>(queries_ - q, direct_), INT64_MAX, 0};
+      for (int i = 0; i < batch.size; ++i) {
+        const int64_t last = a_.last + row_of(q + i), first = last - a_.window + 1;
+        s_.last[q + i] = last;
+        s_.first[q + i] = a_.window > 0 && first > 0 ? first : 0;
+        if (s_.first[q + i] < batch.first) batch.first = s_.first[q + i];
+        if (last + 1 > batch.stop) batch.stop = last + 1;
+      }
+      slots_ = batch.slot + batch.size;
+      if (batch.first < first_) first_ = batch.first;
+      if (batch.stop > stop_) stop_ = batch.stop;
+    }
+    first_ = first_ / kBlock * kBlock;
+  }
+
+  int64_t number_of(int64_t slot) const { return u0_ + (slot < queries_ ? slot : queries_ - 1); }
+  int64_t row_of(int64_t slot) const { return number_of(slot) / a_.group_heads; }
+  int64_t head_of(int64_t slot) const { return number_of(slot) % a_.group_heads; }
+
+  void load_queries() {
+    for (int b = 0; b < batches_; ++b) {
+      const Batch& batch = s_.batches[b];
+      for (int i = 0; i < batch.size; ++i) {
+        const int64_t slot = batch.slot + i;
+        const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
+        if constexpr (Kv::kInteger) {
+          load_codes(from, slot, batch.size, codes_of(batch) + 4 * i);
+        } else {
+          float* to = query_ + batch.slot * pitch_ + i;
+          for (int64_t d = 0; d < a_.head_dim; ++d) to[d * batch.size] = from[d];
+        }
       }
     }
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < Chunks; ++c)
-#pragma GCC unroll 8
-    for (int q = 0; q < N; ++q) S::store(part.value[q] + column + 16 * c, sums[c][q]);
-}
 
-template <class S, int N>
-inline void add_span_values(const AttentionArgs& a, AttentionScratch& s, Partial& part,
-                            int64_t begin, int64_t end) {
-  constexpr int kChunks = kAtOnce<S, N>;
-  int64_t column = 0;
-  for (; column + 16 * kChunks <= a.head_dim; column += 16 * kChunks)
-    add_values<S, N, kChunks>(a, s, part, begin, end, column);
-  for (; column < a.head_dim; column += 16) add_values<S, N, 1>(a, s, part, begin, end, column);
-}
-
-template <class S>
-inline void reset(Partial& part, int n, int64_t head_dim) {
-  S::store(part.max, S::set1(kNoScore));
-  for (int q = 0; q < n; ++q) {
-    S::store(part.weight[q], S::zero());
-    for (int64_t d = 0; d < head_dim; d += 16) S::store(part.value[q] + d, S::zero());
+  int8_t* codes_of(const Batch& batch) const {
+    return reinterpret_cast<int8_t*>(query_ + batch.slot * pitch_);
   }
-}
 
-// total = total + segment, both brought to the larger maximum.
-template <class S>
-inline void merge(Partial& total, const Partial& part, int n, int64_t head_dim, float scale) {
-  float old_factor[16], new_factor[16];
-  const auto factor = S::set1(scale);
-  const auto old = S::load(total.max), fresh = S::load(part.max), max = S::max(old, fresh);
-  S::store(old_factor, exp<S>(S::mul(S::sub(old, max), factor)));
-  S::store(new_factor, exp<S>(S::mul(S::sub(fresh, max), factor)));
-  S::store(total.max, max);
-  const auto join = [&](float* t, const float* p, int q) {
-    const auto kept = S::mul(S::load(t), S::set1(old_factor[q]));
-    S::store(t, S::fma(S::load(p), S::set1(new_factor[q]), kept));
-  };
-  for (int q = 0; q < n; ++q) {
-    join(total.weight[q], part.weight[q], q);
-    for (int64_t d = 0; d < head_dim; d += 16) join(total.value[q] + d, part.value[q] + d, q);
-  }
-}
-
-template <class S>
-inline void copy_queries(const AttentionArgs& a, AttentionScratch& s, int64_t u0, int n) {
-  for (int q = 0; q < n; ++q) {
-    const int64_t row = (u0 + q) / a.group_heads, head = (u0 + q) % a.group_heads;
-    const float* from = a.q + row * a.q_stride + head * a.head_dim;
-    for_chunks(a.head_dim, [&](int64_t d, int64_t lanes) {
-      store_lanes<S>(s.query[q] + d, load_lanes<S>(from + d, lanes), lanes);
+  // One query as int8 with one scale, every fourth of `size` x 4 bytes.
+  void load_codes(const float* x, int64_t slot, int64_t size, int8_t* to) {
+    auto largest = S::zero();
+    for_chunks(a_.head_dim, [&](int64_t i, int64_t lanes) {
+      largest = S::max(S::abs(load_lanes<S>(x + i, lanes)), largest);
     });
-    s.last[q] = a.last + row;
-    const int64_t first = s.last[q] - a.window + 1;
-    s.first[q] = a.window > 0 && first > 0 ? first : 0;
+    const float amax = S::hmax(largest);
+    float inverse = 127.0f / amax;
+    const bool zero = !(inverse <= 3.402823466e38f);  // amax is 0 or too tiny to invert
+    if (zero) inverse = 0.0f;
+    auto sum = S::set1_i32(0);
+    for_chunks(a_.head_dim, [&](int64_t i, int64_t lanes) {
+      int8_t codes[16];
+      const auto q = Kv::template quantized<S>(load_lanes<S>(x + i, lanes), inverse);
+      sum = S::add_i32(sum, q);
+      S::store_i8(codes, q);
+      for (int64_t j = 0; j < lanes; j += 4) __builtin_memcpy(to + (i + j) * size, codes + j, 4);
+    });
+    s_.query_scale[slot] = zero ? 0.0f : amax / 127.0f;
+    s_.query_sum[slot] = S::sum_i32(sum);
   }
-}
 
-template <class S>
-inline void store_outputs(const AttentionArgs& a, AttentionScratch& s, int64_t u0, int n) {
-  for (int q = 0; q < n; ++q) {
-    const int64_t row = (u0 + q) / a.group_heads, head = (u0 + q) % a.group_heads;
-    float* y = a.out + row * a.out_stride + head * a.head_dim;
-    const auto weight = S::set1(S::sum(S::load(s.total.weight[q])));
-    const float* value = s.total.value[q];
-    for_chunks(a.head_dim, [=](int64_t d, int64_t lanes) {
-      const auto mean = S::add(S::div(S::load(value + d), weight), S::zero());
-      store_lanes<S>(y + d, mean, lanes);
+  // ---- tokens
+
+  void reset(const Partial& part) {
+    for (int b = 0; b < batches_; ++b) S::store(part.max + 16 * b, S::set1(kNoScore));
+    for (int64_t i = 0; i < slots_ * 16; i += 16) S::store(part.weight + i, S::zero());
+    for (int64_t i = 0; i < slots_ * pitch_; i += 16) S::store(part.value + i, S::zero());
+  }
+
+  // The tokens [begin, end) of one segment.
+  void attend_segment(const Partial& part, int64_t begin, int64_t end) {
+    reset(part);
+    while (begin < end) {
+      const int64_t next = (begin / kSpan + 1) * kSpan;
+      const Span span = span_of(begin, next < end ? next : end);
+      if (direct_) {
+        for (int b = 0; b < batches_; ++b) attend_batch<true, Kv, Kv>(part, b, span, span);
+      } else {
+        const Span wide = expand_span<S, Kv>(span, a_.head_dim, wide_);
+        for (int b = 0; b < batches_; ++b)
+          if constexpr (Kv::kInteger)
+            attend_batch<false, Kv, F32Kv>(part, b, span, wide);
+          else
+            attend_batch<false, F32Kv, F32Kv>(part, b, wide, wide);
+      }
+      begin = span.end;
+    }
+  }
+
+  Span span_of(int64_t begin, int64_t end) {
+    Span span{begin, end, static_cast<int>((end - begin + kBlock - 1) / kBlock), {}, {}};
+    const int64_t bytes = Kv::block_bytes(a_.head_dim);
+    const int64_t first = begin / kBlock, last = (stop_ - 1) / kBlock;
+    for (int b = 0; b < kSpanBlocks; ++b) {
+      const int64_t next = first + span.blocks + b < last ? first + span.blocks + b : last;
+      span.next[b] = a_.cache + a_.block_table[next] * bytes;
+    }
+    for (int b = 0; b < span.blocks; ++b) {
+      span.block[b] = a_.cache + a_.block_table[first + b] * bytes;
+      if constexpr (Kv::kInteger)
+        S::store(s_.value_scale + b * kBlock, Kv::template value_scales<S>(span.block[b]));
+    }
+    return span;
+  }
+
+  template <bool Direct, class KeyKv, class ValueKv>
+  void attend_batch(const Partial& part, int index, const Span& keys, const Span& values) {
+    const Batch& batch = s_.batches[index];
+    const int64_t end = batch.stop < keys.end ? batch.stop : keys.end;
+    if (end <= keys.begin || batch.first >= keys.end) return;
+    const int blocks = static_cast<int>((end - keys.begin + kBlock - 1) / kBlock);
+    float* score = s_.score[0];
+    float* value = part.value + batch.slot * pitch_;
+    const Queries queries{query_ + batch.slot * pitch_, codes_of(batch),
+                          s_.query_scale + batch.slot, s_.query_sum + batch.slot};
+    with_size<S, Direct>(batch.size, [&]<int N>() {
+      score_span<S, KeyKv, N, Direct>(queries, keys, blocks, a_.head_dim, score);
+      weigh(part, index, N, keys.begin, blocks * kBlock);
+      add_values<S, ValueKv, N, Direct>(score, s_.rescale, values, blocks, a_.head_dim, value);
     });
   }
-}
 
-// The tokens [begin, end) of one segment into `part`.
-template <class S, int N>
-inline void attend_segment(const AttentionArgs& a, AttentionScratch& s, Partial& part,
-                           int64_t begin, int64_t end) {
-  reset<S>(part, N, a.head_dim);
-  while (begin < end) {
-    const int64_t next_span = (begin / kSpan + 1) * kSpan;
-    const int64_t span_end = next_span < end ? next_span : end;
-    score_span<S, N>(a, s, begin, span_end);
-    weigh_span<S>(s, part, N, a.scale, begin, span_end);
-    add_span_values<S, N>(a, s, part, begin, span_end);
-    begin = span_end;
+  // Tokens of the span outside of the slot's range get no weight.
+  void mask(float* score, int64_t slot, int64_t begin, int64_t columns) {
+    const int64_t first = s_.first[slot] - begin, stop = s_.last[slot] + 1 - begin;
+    for (int64_t t = 0; t < first && t < columns; ++t) score[t] = -__builtin_inff();
+    for (int64_t t = stop > 0 ? stop : 0; t < columns; ++t) score[t] = -__builtin_inff();
   }
-}
 
-// Queries u0..u0 + N.
-template <class S, int N>
-inline void attend(const AttentionArgs& a, int64_t u0) {
-  auto& s = *static_cast<AttentionScratch*>(a.scratch);
-  copy_queries<S>(a, s, u0, N);
-  const int64_t first = s.first[0] / kBlock * kBlock, stop = s.last[N - 1] + 1;
-  for (int64_t begin = first; begin < stop;) {
-    const int64_t next = (begin / kSegment + 1) * kSegment;
-    const int64_t end = next < stop ? next : stop;
-    // Merging into nothing changes no bit: the first segment can start the total.
-    Partial& part = begin == first ? s.total : s.segment;
-    attend_segment<S, N>(a, s, part, begin, end);
-    if (begin != first) merge<S>(s.total, part, N, a.head_dim, a.scale);
-    begin = end;
+  // Scores become weights e^(scale (score - max)), times the value's scale if there is one;
+  // s_.rescale is what older sums must be multiplied by.
+  void weigh(const Partial& part, int index, int size, int64_t begin, int64_t columns) {
+    const int64_t slot = s_.batches[index].slot;
+    float* maxima = part.max + 16 * index;
+    const auto old = S::load(maxima), factor = S::set1(a_.scale);
+    for (int q = 0; q < size; ++q) {
+      float* score = s_.score[q];
+      mask(score, slot + q, begin, columns);
+      auto largest = S::set1(maxima[q]);
+      for (int64_t t = 0; t < columns; t += 16) largest = S::max(S::load(score + t), largest);
+      maxima[q] = S::hmax(largest);
+    }
+    S::store(s_.rescale, exp<S>(S::mul(S::sub(old, S::load(maxima)), factor)));
+    for (int q = 0; q < size; ++q) {
+      float* score = s_.score[q];
+      const auto max = S::set1(maxima[q]);
+      float* sum = part.weight + 16 * (slot + q);
+      auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q]));
+      for (int64_t t = 0; t < columns; t += 16) {
+        auto e = exp<S>(S::mul(S::sub(S::load(score + t), max), factor));
+        weight = S::add(weight, e);
+        if constexpr (Kv::kInteger) e = S::mul(e, S::load(s_.value_scale + t));
+        S::store(score + t, e);
+      }
+      S::store(sum, weight);
+    }
   }
-  store_outputs<S>(a, s, u0, N);
-}
 
-// Reads up to 30 bytes past the last V block if head_dim is no multiple of 16.
-template <class S>
+  // total = total + part, both brought to the larger maximum.
+  void merge(const Partial& total, const Partial& part) {
+    float old_factor[16], new_factor[16];
+    const auto factor = S::set1(a_.scale);
+    const auto join = [&](float* t, const float* p, int q) {
+      const auto kept = S::mul(S::load(t), S::set1(old_factor[q]));
+      S::store(t, S::fma(S::load(p), S::set1(new_factor[q]), kept));
+    };
+    for (int b = 0; b < batches_; ++b) {
+      float *t = total.max + 16 * b, *p = part.max + 16 * b;
+      const auto old = S::load(t), fresh = S::load(p), max = S::max(old, fresh);
+      S::store(old_factor, exp<S>(S::mul(S::sub(old, max), factor)));
+      S::store(new_factor, exp<S>(S::mul(S::sub(fresh, max), factor)));
+      S::store(t, max);
+      for (int q = 0; q < s_.batches[b].size; ++q) {
+        const int64_t slot = s_.batches[b].slot + q;
+        join(total.weight + slot * 16, part.weight + slot * 16, q);
+        for (int64_t d = slot * pitch_; d < (slot + 1) * pitch_; d += 16)
+          join(total.value + d, part.value + d, q);
+      }
+    }
+  }
+
+  void store_outputs(const Partial& total) {
+    for (int64_t slot = 0; slot < queries_; ++slot) {
+      float* y = a_.out + row_of(slot) * a_.out_stride + head_of(slot) * a_.head_dim;
+      const auto weight = S::set1(S::sum(S::load(total.weight + slot * 16)));
+      const float* value = total.value + slot * pitch_;
+      for_chunks(a_.head_dim, [=](int64_t d, int64_t lanes) {
+        const auto mean = S::add(S::div(S::load(value + d), weight), S::zero());
+        store_lanes<S>(y + d, mean, lanes);
+      });
+    }
+  }
+
+  const AttentionArgs& a_;
+  Shared& s_;
+  const int64_t u0_, queries_;
+  int64_t pitch_ = 0, slots_ = 0;
+  int64_t first_ = 0, stop_ = 0;  // tokens that some query attends; first_ begins a block
+  int batches_ = 0;
+  bool direct_ = false;
+  float* query_;
+  Partial segment_, total_;
+  uint8_t* wide_;
+};
+
+template <class S, class Kv>
 void attention(const AttentionArgs& a) {
-  static_assert(kQueries == 6);
-  const int64_t queries = a.rows * a.group_heads;
-  int64_t u = 0;
-  for (; u + 6 <= queries; u += 6) attend<S, 6>(a, u);
-  switch (queries - u) {
-    case 5:
-      return attend<S, 5>(a, u);
-    case 4:
-      return attend<S, 4>(a, u);
-    case 3:
-      return attend<S, 3>(a, u);
-    case 2:
-      return attend<S, 2>(a, u);
-    case 1:
-      return attend<S, 1>(a, u);
-  }
+  const int64_t queries = a.rows * a.group_heads, limit = Tile<S, Kv>::limit(a.head_dim);
+  for (int64_t u = 0; u < queries; u += limit)
+    Tile<S, Kv>(a, u, queries - u < limit ? queries - u : limit).attend();
+}
+
+template <class S, class Kv>
+void attend_segments(const AttentionArgs& a, int64_t first, int64_t stop, float* partials) {
+  Tile<S, Kv>(a, 0, a.rows * a.group_heads).attend_part(first, stop, partials);
+}
+
+template <class S, class Kv>
+void merge_segments(const AttentionArgs& a, float* partials) {
+  Tile<S, Kv>(a, 0, a.rows * a.group_heads).merge_parts(partials);
 }
 
 }  // namespace

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "core/kv.h"  // kBlock
+
 namespace lacewing {
 
 inline constexpr int64_t kMaxHeadDim = 512;
-inline constexpr int64_t kBlock = 16;  // tokens of one KV cache block
 
 }  // namespace lacewing

@@ -144,6 +144,18 @@ struct Avx2 {
     _mm_storeu_si128(q, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(q + 1, _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
   }
+  static LW_INLINE F32x16 load_bf16(const uint16_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(q));
+    const __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  }
+  static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
+    // packus works per 128-bit half: put the quarters in order afterwards.
+    const __m256i w = _mm256_packus_epi32(round_bf16(a.lo), round_bf16(a.hi));
+    store256(p, _mm256_permute4x64_epi64(w, 0xd8));
+  }
   static LW_INLINE F32x16 pow2(I32x16 e) {
     const __m256i bias = _mm256_set1_epi32(127);
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.lo, bias), 23)),
@@ -167,6 +179,11 @@ struct Avx2 {
     const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
     const __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), b);
+  }
+  static LW_INLINE I32x16 load_i8(const int8_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(q)),
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
   }
   static LW_INLINE int32_t sum_i32(I32x16 a) {
     const __m256i s8 = _mm256_add_epi32(a.lo, a.hi);
@@ -377,6 +394,8 @@ struct Avx2 {
   static constexpr int kGemvWide = 8, kGemvNarrow = 3, kGemvFloat = 5;
   // Rows that gemv is instantiated for, so that a machine may choose (_C.set_gemv_rows).
   static constexpr int kGemvMost = kRowBlock;
+  // Attention: sums in registers at once, and queries of a batch when there are many.
+  static constexpr int kAttentionSums = 6, kAttentionBatch = 6;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 4;
   // Prefetching by software: no, it takes from what several streams reach (Zen 3: a quarter).
@@ -394,6 +413,13 @@ struct Avx2 {
     int32_t x;
     __builtin_memcpy(&x, p, 4);
     return _mm256_set1_epi32(x);
+  }
+  // Rounded to even at bf16's last bit, which is moved to bit 0.
+  static LW_INLINE __m256i round_bf16(__m256 a) {
+    const __m256i u = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_srli_epi32(r, 16);
   }
   // Multiply, then add in place. As intrinsics GCC 12 sums the products of several steps before it
   // adds them, spills, and copies every accumulator once per step.

@@ -86,6 +86,17 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  static LW_INLINE F32x16 load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
+    const __m512i u = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  }
   static LW_INLINE F32x16 pow2(I32x16 e) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(e.v, _mm512_set1_epi32(127)), 23));
@@ -98,6 +109,9 @@ struct Avx512 {
   static LW_INLINE I32x16 add_i32(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+  }
+  static LW_INLINE I32x16 load_i8(const int8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   static LW_INLINE int32_t sum_i32(I32x16 a) {
     const __m256i s8 =
@@ -202,6 +216,8 @@ struct Avx512 {
   static constexpr int kGemvWide = 8, kGemvNarrow = 8, kGemvFloat = 8;
   // Rows that gemv is instantiated for, so that a machine may choose (_C.set_gemv_rows).
   static constexpr int kGemvMost = kRowBlock;
+  // Attention: sums in registers at once, and queries of a batch when there are many.
+  static constexpr int kAttentionSums = 24, kAttentionBatch = 12;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
   // Prefetching by software: yes, one stream of a sparse format is half as fast without.

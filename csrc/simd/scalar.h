@@ -125,6 +125,16 @@ struct Scalar {
   static LW_INLINE void store_f16(uint16_t* p, F32x16 a) {
     for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(a.v[i]);
   }
+  static LW_INLINE F32x16 load_bf16(const uint16_t* p) {
+    return map([&](int i) { return bits_f32(static_cast<uint32_t>(p[i]) << 16); });
+  }
+  // Rounds to nearest even; the values are finite and round to finite ones.
+  static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t u = f32_bits(a.v[i]), odd = u >> 16 & 1;
+      p[i] = static_cast<uint16_t>((u + 0x7fff + odd) >> 16);
+    }
+  }
   // 2^e for e in -126..127
   static LW_INLINE F32x16 pow2(I32x16 e) {
     return map([&](int i) { return bits_f32(static_cast<uint32_t>(e.v[i] + 127) << 23); });
@@ -146,6 +156,9 @@ struct Scalar {
   // 16 bytes; the values are in range.
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+  }
+  static LW_INLINE I32x16 load_i8(const int8_t* p) {
+    return map_i32([&](int i) { return p[i]; });
   }
   static LW_INLINE int32_t sum_i32(I32x16 a) {
     int32_t s = 0;
@@ -254,6 +267,8 @@ struct Scalar {
   // Rows that gemv takes; few, since this table is for correctness and unrolls expensively.
   static constexpr int kGemvWide = 2, kGemvNarrow = 2, kGemvFloat = 2;
   static constexpr int kGemvMost = 2;
+  // Attention: sums in registers at once, and queries of a batch when there are many.
+  static constexpr int kAttentionSums = 4, kAttentionBatch = 4;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
   // Prefetching by software.

@@ -111,18 +111,42 @@ def attention(
     scale: float,
     window: int = 0,
     isa: str | None = None,
+    kv: str = "f16",
+    parts: bool = False,
 ) -> _F32:
     """Causal attention of the last rows of one sequence.
 
     q `[rows, n_heads, d]` are the queries of the last `rows` of the tokens whose keys and values
-    are k, v `[tokens, n_kv_heads, d]` (rounded to f16, in blocks of 16 at `block_table`). A token
-    sees itself and the window - 1 tokens before it; window 0: all of them. Returns the shape of q.
+    are k, v `[tokens, n_kv_heads, d]` (stored as `kv`, in blocks of 16 at `block_table`). A token
+    sees itself and the window - 1 tokens before it; window 0: all of them. `parts`: segment by
+    segment, as several threads do it (at most 16 queries per KV head). Returns the shape of q.
     """
+
+def time_attention(
+    kv: str,
+    layers: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    tokens: int,
+    rows: int,
+    passes: int = 5,
+    threads: int = 0,
+    isa: str | None = None,
+) -> tuple[list[float], int]:
+    """Seconds of every pass of attention of the last `rows` of `tokens` over `layers` layers of
+    `kv_heads` x `group` query heads, and the bytes of their cache."""
+
+KV_FORMATS: tuple[str, ...]
+"""Names of the KV cache formats."""
+
+def kv_block_bytes(kv: str, head_dim: int) -> int:
+    """Bytes of the keys and values of 16 tokens and one head."""
 
 # ---- the decoder
 
 class Model:
-    """A decoder over packed weights, with a paged f16 KV cache of `kv_blocks` blocks of 16 tokens.
+    """A decoder over packed weights, with a paged KV cache of `kv_blocks` blocks of 16 tokens.
 
     - `spec`: vocab_size, hidden_size, n_heads, n_kv_heads, head_dim (even, at most 512),
       intermediate_size, norm_eps, activation ("silu" or "gelu_tanh"), embedding_scale,
@@ -132,6 +156,7 @@ class Model:
     - `tensors`: Hugging Face's names; matrices are `Tensor`, vectors f32. No `lm_head.weight`: the
       embedding is the head. A `.bias` beside a matrix is added. Memory is borrowed, not copied.
     - `threads`: 0 takes the pool's default at this moment.
+    - `kv`: one of `KV_FORMATS`.
 
     Raises MemoryError if the cache or the work space cannot be had.
     """
@@ -143,6 +168,7 @@ class Model:
         kv_blocks: int,
         isa: str | None = None,
         threads: int = 0,
+        kv: str = "f16",
     ) -> None: ...
     @property
     def threads(self) -> int: ...

@@ -398,12 +398,12 @@ void test_rope(const KernelTable* const* tables, int count, int64_t head_dim) {
          memcpy(y, x, static_cast<size_t>(head_dim) * 4);
          t.rope(y, cos, sin, head_dim);
        });
-  for (int64_t lane : {0, 7, 15})
-    each(tables, count, "store_kv", {nullptr, nullptr, "", {head_dim, lane}}, head_dim * 16,
-         [&](const KernelTable& t, float* y) {  // K and V blocks: 16 * head_dim halves each
-           auto* k = reinterpret_cast<uint16_t*>(y);
-           t.store_kv(x, x, k, k + head_dim * 16, lane, head_dim);
-         });
+  for (int kv = 0; kv < kKvFormatCount; ++kv)
+    for (int64_t lane : {0, 7, 15})
+      each(tables, count, "store", {nullptr, nullptr, kKvInfo[kv].name, {head_dim, lane}},
+           kKvInfo[kv].block_bytes(head_dim) / 4, [&](const KernelTable& t, float* y) {
+             t.kv[kv].store(x, x, reinterpret_cast<uint8_t*>(y), lane, head_dim);
+           });
 }
 
 struct Attention {
@@ -411,16 +411,7 @@ struct Attention {
 };
 
 void test_attention(const KernelTable* const* tables, int count, const Attention& p) {
-  constexpr int64_t kKvHeads = 2;
   const int64_t blocks = (p.last + p.rows - 1) / kBlock + 1;
-  // The kernel may read a vector past the last V block where head_dim is no multiple of 16.
-  const int64_t halves = blocks * kKvHeads * p.head_dim * kBlock + (p.head_dim % 16 ? 16 : 0);
-  auto* k = slot<uint16_t>(kPart0, halves);
-  auto* v = slot<uint16_t>(kPart1, halves);
-  for (int64_t i = 0; i < halves; ++i) {
-    k[i] = random_f16();
-    v[i] = random_f16();
-  }
   auto* table = slot<int32_t>(kA, blocks);
   for (int64_t i = 0; i < blocks; ++i) table[i] = static_cast<int32_t>((i * 7 + 3) % blocks);
   if (blocks % 7 == 0)
@@ -429,11 +420,21 @@ void test_attention(const KernelTable* const* tables, int count, const Attention
   float* q = slot<float>(kB, p.rows * stride);
   fill_floats(q, p.rows * stride, -6, 1);
   void* scratch = slot<uint8_t>(kScratch, kAttentionScratch);
-  const Case c{nullptr, nullptr, "", {p.head_dim, p.group_heads, p.rows, p.last, p.window}};
-  each(tables, count, "attention", c, p.rows * (stride + 3), [&](const KernelTable& t, float* y) {
-    t.attention({q, stride, k, v, table, 1, kKvHeads, p.head_dim, p.group_heads, p.rows, p.last,
-                 p.window, 0.125f, y, stride + 3, scratch});
-  });
+  for (int kv = 0; kv < kKvFormatCount; ++kv) {
+    const int64_t bytes = kKvInfo[kv].block_bytes(p.head_dim);
+    auto* cache = slot<uint8_t>(kPart0, blocks * bytes);
+    float* token = slot<float>(kPart1, p.head_dim);
+    for (int64_t i = 0; i < blocks * kBlock; ++i) {
+      fill_floats(token, p.head_dim, -6, 1);
+      tables[0]->kv[kv].store(token, token, cache + i / kBlock * bytes, i % kBlock, p.head_dim);
+    }
+    const Case c{
+        nullptr, nullptr, kKvInfo[kv].name, {p.head_dim, p.group_heads, p.rows, p.last, p.window}};
+    each(tables, count, "attention", c, p.rows * (stride + 3), [&](const KernelTable& t, float* y) {
+      t.kv[kv].attention({q, stride, cache, table, p.head_dim, p.group_heads, p.rows, p.last,
+                          p.window, 0.125f, y, stride + 3, scratch});
+    });
+  }
 }
 
 void test_ops(const KernelTable* const* tables, int count) {

@@ -144,4 +144,10 @@ def test_the_native_spec_has_what_the_contract_says() -> None:
 
 
 def test_bytes_of_a_block() -> None:
-    assert kv_block_bytes(get_spec(CONFIG)) == 3 * 2 * 2 * 8 * 16 * 2
+    spec, floats = get_spec(CONFIG), 3 * 2 * 16 * 8  # layers x KV heads x tokens x head_dim, of K
+    # V is padded to 16 columns.
+    assert kv_block_bytes(spec) == kv_block_bytes(spec, "bf16") == floats * 3 * 2
+    assert kv_block_bytes(spec, "f32") == floats * 3 * 4
+    assert kv_block_bytes(spec, "int8") == floats * 3 + 3 * 2 * 64
+    with pytest.raises(RequestError, match=r"`kv` must be one of `f16`, .*, got 'int9'"):
+        kv_block_bytes(spec, "int9")

@@ -45,11 +45,12 @@ class Feeder:
         threads: int = 2,
         context: int = CONTEXT,
         seed: int = 0,
+        kv: str = "f16",
     ) -> None:
         rows = -(-context // 16)
         blocks = max(BLOCKS, 3 * rows)
         self.model: Any = build_model(
-            tiny_spec(name), packed_weights(name, format), context, blocks, isa, threads
+            tiny_spec(name), packed_weights(name, format), context, blocks, isa, threads, kv
         )
         order = np.random.default_rng(seed).permutation(blocks)
         self.tables = order[: 3 * rows].reshape(3, rows).astype(np.int32)
@@ -122,6 +123,23 @@ def test_alone_and_in_a_batch(name: str, format: str) -> None:
     assert (third[2] == alone[2][18]).all()
     assert (third[0] == whole([*prompts[0], 1], name=name, format=format)[-1]).all()
     assert (third[1] == whole([*prompts[1], 2], name=name, format=format)[-1]).all()
+
+
+@pytest.mark.parametrize("kv", _C.KV_FORMATS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_kv_format_and_thread_count(name: str, kv: str) -> None:
+    """A prompt, then single tokens at positions where one sequence's attention is cut for several
+    threads: the same bits as the whole prompt with one thread."""
+    tokens = tiny_tokens(1300, 1)
+    expected = whole(tokens, name=name, kv=kv, context=1312, threads=1)
+    assert np.isfinite(expected).all()
+    for threads in (2, 3):
+        feeder = Feeder(name, kv=kv, context=1312, threads=threads, seed=1)
+        first = feeder.step([(0, 0, tokens[:1290])])
+        assert (first == expected[:1290]).all()
+        for at, count in ((1290, 1), (1291, 2), (1293, 1)):
+            found = feeder.step([(0, at, tokens[at : at + count])])
+            assert (found == expected[at : at + count]).all(), f"{threads} threads, at {at}"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -304,6 +322,7 @@ def test_wrong_tensors() -> None:
         ({"kv_blocks": 0}, ValueError, r"kv_blocks must be in 1\.\.134217727, got 0"),
         ({"kv_blocks": 2**40}, ValueError, "kv_blocks must be in"),
         ({"kv_blocks": 4, "threads": -1}, ValueError, r"threads must be in 0\.\.1024, got -1"),
+        ({"kv_blocks": 4, "kv": "int9"}, ValueError, "Model: kv must be one of `f16`"),
         ({"kv_blocks": 4, "isa": "neon"}, ValueError, "isa must be `scalar`, `avx2` or `avx512`"),
     ],
 )

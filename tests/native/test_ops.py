@@ -106,96 +106,6 @@ def test_rope(isa: str, d: int) -> None:
     assert (y == np.concatenate([first * cos - second * sin, second * cos + first * sin], 1)).all()
 
 
-# ---- attention
-
-
-def attention_case(
-    rows: int, tokens: int, heads: int, kv_heads: int, d: int, seed: int = 0
-) -> tuple[Array, Array, Array, Array]:
-    """q, k, v and a block table out of order with holes."""
-    rng = np.random.default_rng([seed, rows, tokens, d])
-    blocks = -(-tokens // 16)
-    table = rng.permutation(blocks + 3)[:blocks].astype(np.int32)
-    return (
-        normal(rows, heads, d, seed=1),
-        normal(tokens, kv_heads, d, seed=2),
-        normal(tokens, kv_heads, d, seed=3),
-        table,
-    )
-
-
-def exact_attention(q: Array, k: Array, v: Array, scale: float, window: int) -> tuple[Array, Array]:
-    """Attention in float64 over keys and values rounded to f16, and how far f32 may be off."""
-    rows, heads, d = q.shape
-    tokens, kv_heads, _ = k.shape
-    k, v = (part.astype(np.float16).astype(np.float64) for part in (k, v))
-    key_at, query_at = np.arange(tokens), np.arange(tokens - rows, tokens)[:, None]
-    seen = key_at <= query_at
-    if window:
-        seen &= key_at > query_at - window
-    exact, bound = np.empty(q.shape), np.empty(q.shape)
-    for h in range(heads):
-        keys, values = k[:, h * kv_heads // heads], v[:, h * kv_heads // heads]
-        score = q[:, h].astype(np.float64) @ keys.T * scale
-        score_error = np.abs(q[:, h]).astype(np.float64) @ np.abs(keys).T * scale * (d + 4) * EPS
-        score = np.where(seen, score, -np.inf)
-        weight = np.exp(score - score.max(axis=1, keepdims=True))
-        weight /= weight.sum(axis=1, keepdims=True)
-        exact[:, h] = weight @ values
-        # Of every weight: its exponent twice (score and maximum) and exp; the sums over tokens and
-        # their rescaling, of numerator and denominator alike.
-        relative = 2 * np.where(seen, score_error, 0).max(axis=1) + (2 * tokens + 30) * EPS
-        bound[:, h] = relative[:, None] * (weight @ np.abs(values)) * 2
-    return exact, bound
-
-
-@pytest.mark.parametrize("d", [8, 16, 24, 64, 80, 128, 256])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (9, 3), (8, 2), (5, 1), (7, 1)])
-def test_attention(isa: str, d: int, heads: int, kv_heads: int) -> None:
-    q, k, v, table = attention_case(4, 37, heads, kv_heads, d)
-    y = _C.attention(q, k, v, table, d**-0.5, 0, isa)
-    assert_within(y, *exact_attention(q, k, v, d**-0.5, 0))
-    assert (y == _C.attention(q, k, v, table, d**-0.5, 0, "scalar")).all()
-
-
-@pytest.mark.parametrize("window", [0, 1, 7, 16, 100, 513, 2000])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 128, 129, 513, 1100])
-def test_attention_over_long_contexts_and_windows(isa: str, tokens: int, window: int) -> None:
-    rows = min(tokens, 21)
-    q, k, v, table = attention_case(rows, tokens, 3, 1, 16)
-    y = _C.attention(q, k, v, table, 0.25, window, isa)
-    assert_within(y, *exact_attention(q, k, v, 0.25, window))
-    assert (y == _C.attention(q, k, v, table, 0.25, window, "scalar")).all()
-
-
-@pytest.mark.parametrize("window", [0, 5, 40, 600])
-def test_attention_of_a_row_does_not_depend_on_the_others(isa: str, window: int) -> None:
-    rows, tokens = 30, 620  # row by row the segments, spans and blocks begin and end elsewhere
-    q, k, v, table = attention_case(rows, tokens, 4, 2, 32)
-    together = _C.attention(q, k, v, table, 0.2, window, isa)
-    for r in range(rows):
-        seen = tokens - rows + r + 1
-        alone = _C.attention(q[r : r + 1], k[:seen], v[:seen], table, 0.2, window, isa)
-        assert (alone[0] == together[r]).all(), f"row {r}"
-
-
-def test_attention_survives_extreme_scores(isa: str) -> None:
-    q, k, v, table = attention_case(3, 40, 2, 1, 16)
-    q, k = q * np.float32(100), k * np.float32(1000)
-    y = _C.attention(q, k, v, table, 1.0, 0, isa)
-    assert np.isfinite(y).all()
-    assert (y == _C.attention(q, k, v, table, 1.0, 0, "scalar")).all()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e6])
-def test_the_cache_stays_finite(isa: str, bad: float) -> None:
-    """What does not fit into f16 must not spoil rows that do not see it."""
-    q, k, v, table = attention_case(4, 20, 1, 1, 16)
-    clean = _C.attention(q, k, v, table, 0.25, 3, isa)
-    k[:16] = v[:16] = bad  # the rows see tokens from 14 on, row 3 only those from 17 on
-    assert (_C.attention(q, k, v, table, 0.25, 3, isa)[3] == clean[3]).all()
-
-
 # ---- arguments
 
 
@@ -209,10 +119,3 @@ def test_wrong_arguments(isa: str) -> None:
         _C.act_mul("silu", x, normal(2, 17), isa)
     with pytest.raises(ValueError, match=r"cos and sin must be \[2, 8\], got \[2, 7\]"):
         _C.rope(x, normal(2, 7), normal(2, 8), isa)
-    q, k, v, table = attention_case(2, 20, 2, 1, 8)
-    with pytest.raises(ValueError, match="block_table must have at least 2 values, got 1"):
-        _C.attention(q, k, v, table[:1], 1.0, 0, isa)
-    with pytest.raises(ValueError, match=r"block_table must be in 0\.\.65536, got -1"):
-        _C.attention(q, k, v, table * 0 - 1, 1.0, 0, isa)
-    with pytest.raises(ValueError, match="attention: q must be"):
-        _C.attention(q[:, :, :4].copy(), k, v, table, 1.0, 0, isa)

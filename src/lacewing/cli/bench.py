@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lacewing.cli import screen
+from lacewing.cli.screen import KV_HELP
 from lacewing.errors import RequestError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Format = Annotated[str, typer.Option("--format", help="Format to run in.")]
 Threads = Annotated[int | None, typer.Option(max=1024, help="Default: all usable cores.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs; the median counts.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts decoded together.")]
+Kv = Annotated[str, typer.Option("--kv", help=KV_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -38,10 +40,13 @@ def decode(
     batch: Batch = 1,
     repeats: Repeats = 5,
     threads: Threads = None,
+    kv: Kv = "f16",
     as_json: Json = False,
 ) -> None:
     """Tokens per second while generating, after the first token."""
-    _bench_model("decode", model, format, threads, repeats, as_json, prompt_tokens, tokens, batch)
+    _bench_model(
+        "decode", model, format, threads, kv, repeats, as_json, prompt_tokens, tokens, batch
+    )
 
 
 @app.command()
@@ -52,10 +57,11 @@ def prefill(
     batch: Batch = 1,
     repeats: Repeats = 5,
     threads: Threads = None,
+    kv: Kv = "f16",
     as_json: Json = False,
 ) -> None:
     """Prompt tokens per second, up to the first token."""
-    _bench_model("prefill", model, format, threads, repeats, as_json, tokens, 1, batch)
+    _bench_model("prefill", model, format, threads, kv, repeats, as_json, tokens, 1, batch)
 
 
 @app.command()
@@ -219,6 +225,7 @@ def _bench_model(
     model: str | None,
     format: str,
     threads: int | None,
+    kv: str,
     repeats: int,
     as_json: bool,
     prompt_tokens: int,
@@ -227,7 +234,7 @@ def _bench_model(
 ) -> None:
     from lacewing.cli.opening import open_llm
 
-    opened = open_llm(model, format, threads)
+    opened = open_llm(model, format, threads, kv)
     room = opened.llm.max_context
     if prompt_tokens + tokens > room:
         raise RequestError(
@@ -248,6 +255,7 @@ def _bench_model(
         **opened.size(),
         "threads": opened.threads,
         "isa": opened.isa,
+        "kv": kv,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,

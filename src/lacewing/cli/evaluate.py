@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacewing.cli import screen
+from lacewing.cli.screen import KV_HELP
 from lacewing.errors import RequestError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate(
         str, typer.Option(help="Weight format; auto: the file's own grid, where it has one.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Default: all usable cores.")] = None,
+    kv: Annotated[str, typer.Option(help=KV_HELP)] = "f16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity of a text.
@@ -44,7 +46,7 @@ def evaluate(
     text = _read(perplexity)
     from lacewing.cli.opening import open_llm
 
-    opened = open_llm(model, format, threads, max_context=window)
+    opened = open_llm(model, format, threads, kv, max_context=window)
     pieces = windows(opened.llm, text, window, max_tokens)
     losses: list[float] = []
     count = 0

@@ -12,6 +12,7 @@ from typing import Any
 from lacewing.checkpoint import AUTO, PackedModel, Report, load_model
 from lacewing.cli import screen
 from lacewing.engine import LLM, default_model
+from lacewing.engine.kv import check_kv
 from lacewing.formats import PackedTensor
 from lacewing.native import check_isa, check_threads, compiled
 
@@ -57,10 +58,13 @@ class Opened:
         return tokens_per_second * self.bytes_per_token / 1e9 / self.read_bandwidth
 
 
-def open_llm(model: str | None, format: str, threads: int | None = None, **options: Any) -> Opened:
+def open_llm(
+    model: str | None, format: str, threads: int | None = None, kv: str = "f16", **options: Any
+) -> Opened:
     """Opens MODEL (None: the demo model) in `format`; says on stderr what rounding added."""
     check_isa()  # what is wrong with the options is said before a file is read
     check_threads(threads)
+    check_kv(kv)
     path = Path(model) if model is not None else default_model()
     start = time.perf_counter()
     with screen.progress(f"packing {path.name}") as advance:
@@ -70,7 +74,7 @@ def open_llm(model: str | None, format: str, threads: int | None = None, **optio
             progress=lambda name, done, total: advance(done, total, name),
             machine=compiled().default_isa(),
         )
-    llm = LLM.from_model(packed, threads, **options)
+    llm = LLM.from_model(packed, threads, kv=kv, **options)
     seconds = time.perf_counter() - start
     for line in added_error(packed.reports):
         screen.note(line)

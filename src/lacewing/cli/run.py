@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lacewing.cli import screen
+from lacewing.cli.screen import KV_HELP
 from lacewing.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all usable cores.")] = None,
+    kv: Annotated[str, typer.Option(help=KV_HELP)] = "f16",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text, without chat template.")] = False,
     stats: Annotated[bool, typer.Option(help="Print a table of size and speed.")] = False,
@@ -50,7 +52,7 @@ def run(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     from lacewing.cli.opening import open_llm
 
-    opened = open_llm(model, format, threads)
+    opened = open_llm(model, format, threads, kv)
     talk = Talk(opened, params, system, raw, stats)
     if prompt is not None:
         talk.answer(prompt)

@@ -193,3 +193,6 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
+
+
+KV_HELP = "KV cache: f16, bf16, f32, or int8 (half the memory of f16)."

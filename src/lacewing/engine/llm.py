@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.engine.engine import Engine
+from lacewing.engine.kv import DEFAULT_KV
 from lacewing.engine.sampling import SamplingParams, TokenLogprobs
 from lacewing.engine.sequence import FinishReason, Sequence, Timings
 from lacewing.errors import CheckpointError, RequestError
@@ -90,6 +91,8 @@ class LLM:
     - `max_context`: tokens of one sequence, prompt and output; None is the model's, at most 4096.
       The KV cache is sized by it.
     - `isa`: force an instruction set (see `lacewing doctor`).
+    - `kv`: how the cache stores keys and values: "f16", "bf16", "f32", or "int8" (half the memory
+      and bandwidth of f16, at a small error).
 
     Raises `CheckpointError`, `UnsupportedModelError`, `FormatError`, `UnsupportedCpuError`, and
     `RequestError` (options out of range, not enough memory).
@@ -112,6 +115,7 @@ class LLM:
         format: str | None = None,
         max_context: int | None = None,
         isa: str | None = None,
+        kv: str = DEFAULT_KV,
     ) -> None:
         # Not at the top: what needs only SamplingParams should not wait for the tokenizer.
         from lacewing.checkpoint import load_model, open_source
@@ -120,9 +124,9 @@ class LLM:
 
         check_isa(isa)  # what is wrong with the options is said before a weight is read
         check_threads(threads)
-        plan_cache(open_source(path).spec, max_context)
+        plan_cache(open_source(path).spec, max_context, kv)
         machine = isa or compiled().default_isa()
-        self._load(load_model(path, format, machine=machine), threads, max_context, isa)
+        self._load(load_model(path, format, machine=machine), threads, max_context, isa, kv)
 
     @classmethod
     def from_model(
@@ -131,10 +135,11 @@ class LLM:
         threads: int | None = None,
         max_context: int | None = None,
         isa: str | None = None,
+        kv: str = DEFAULT_KV,
     ) -> LLM:
         """An LLM over a model that is packed already; the options are those of `LLM`."""
         llm = cls.__new__(cls)
-        llm._load(model, threads, max_context, isa)
+        llm._load(model, threads, max_context, isa, kv)
         return llm
 
     @classmethod
@@ -145,7 +150,12 @@ class LLM:
         return llm
 
     def _load(
-        self, model: PackedModel, threads: int | None, max_context: int | None, isa: str | None
+        self,
+        model: PackedModel,
+        threads: int | None,
+        max_context: int | None,
+        isa: str | None,
+        kv: str,
     ) -> None:
         from lacewing.engine.runner import Runner
         from lacewing.engine.text import Text
@@ -153,7 +163,7 @@ class LLM:
 
         self.model = model
         self.spec = get_spec(model.config)
-        runner = Runner.load(self.spec, model.tensors, max_context, threads, isa)
+        runner = Runner.load(self.spec, model.tensors, max_context, threads, isa, kv)
         self._open(runner, Text(model.tokenizer))
 
     def _open(self, runner: Any, text: Text, **options: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.engine.blocks import BLOCK_SIZE, blocks_for
+from lacewing.engine.kv import DEFAULT_KV, block_bytes, check_kv
 from lacewing.engine.scheduler import Chunk
 from lacewing.errors import RequestError, UnsupportedModelError
 from lacewing.formats import PackedTensor
@@ -71,14 +72,15 @@ class Runner:
         max_context: int | None = None,
         threads: int | None = None,
         isa: str | None = None,
+        kv: str = DEFAULT_KV,
     ) -> Runner:
         """Builds the native model over `tensors` (no copy of packed weights).
 
         Raises `CheckpointError` (tensors missing or of another shape), `RequestError` (context or
         threads out of range, not enough memory), `UnsupportedCpuError`.
         """
-        context, blocks = plan_cache(spec, max_context)
-        model = build_model(spec, tensors, context, blocks, isa, threads)
+        context, blocks = plan_cache(spec, max_context, kv)
+        model = build_model(spec, tensors, context, blocks, isa, threads, kv)
         return cls(model, spec.vocab_size, context, blocks)
 
     def step(self, chunks: Sequence[Chunk], *, every_row: bool = False) -> Floats:
@@ -121,13 +123,14 @@ def _tables(chunks: Sequence[Chunk]) -> Ints:
     return tables
 
 
-def plan_cache(spec: DecoderSpec, max_context: int | None) -> tuple[int, int]:
+def plan_cache(spec: DecoderSpec, max_context: int | None, kv: str = DEFAULT_KV) -> tuple[int, int]:
     """(tokens of one sequence, blocks of the KV cache) for what was asked and what memory allows.
 
-    Raises `RequestError` if the context is out of range or its cache does not fit.
+    Raises `RequestError` if the context is out of range, its cache does not fit, or there is no
+    such KV cache format.
     """
     context = choose_context(spec.max_context, max_context)
-    return context, choose_kv_blocks(kv_block_bytes(spec), context, available_memory())
+    return context, choose_kv_blocks(kv_block_bytes(spec, kv), context, available_memory())
 
 
 def choose_context(model_limit: int, asked: Any) -> int:
@@ -143,9 +146,9 @@ def choose_context(model_limit: int, asked: Any) -> int:
     return int(asked)
 
 
-def kv_block_bytes(spec: DecoderSpec) -> int:
-    """Bytes of one block: f16 keys and values of 16 tokens in every layer."""
-    return len(spec.layers) * 2 * spec.n_kv_heads * spec.head_dim * BLOCK_SIZE * 2
+def kv_block_bytes(spec: DecoderSpec, kv: str = DEFAULT_KV) -> int:
+    """Bytes of one block: keys and values of 16 tokens in every layer and head."""
+    return len(spec.layers) * spec.n_kv_heads * block_bytes(check_kv(kv), spec.head_dim)
 
 
 def choose_kv_blocks(block_bytes: int, max_context: int, available: int | None) -> int:
@@ -198,6 +201,7 @@ def build_model(
     kv_blocks: int,
     isa: str | None = None,
     threads: int | None = None,
+    kv: str = DEFAULT_KV,
 ) -> NativeModel:
     """The `_C.Model` of `spec` over `tensors`: packed weights, and f32 vectors."""
     spec.check_shapes({name: value.shape for name, value in tensors.items()})
@@ -205,15 +209,15 @@ def build_model(
     check_isa(isa)
     try:
         model: NativeModel = compiled().Model(
-            native_spec(spec, max_context), native, kv_blocks, isa, check_threads(threads)
+            native_spec(spec, max_context), native, kv_blocks, isa, check_threads(threads), kv
         )
     except ValueError as error:  # the shapes are right: it is a size the kernels do not have
         raise UnsupportedModelError(str(error)) from error
     except MemoryError as error:
-        size = kv_blocks * kv_block_bytes(spec) / 2**20
+        size = kv_blocks * kv_block_bytes(spec, kv) / 2**20
         raise RequestError(
             f"no memory for the model and a KV cache of {size:.0f} MiB",
-            hint="ask for a smaller `max_context`",
+            hint='ask for a smaller `max_context`, or `kv="int8"`',
         ) from error
     return model
 

@@ -1,0 +1,117 @@
+"""Attention by itself: decode from memory and causal prefill, per KV cache format.
+
+python benchmarks/attention.py [--torch-python VENV/python] [--head-dim 64 128]
+
+Decode rotates through layers of a cache of at least `--megabytes`; prefill is one layer. 8 KV heads
+of 4 query heads each. Every round asks all formats and PyTorch once, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+import harness
+
+sys.path.insert(0, str(harness.ROOT / "src"))
+
+KV_HEADS, GROUP = 8, 4
+TORCH = {"torch bf16": "bfloat16", "torch f32": "float32"}
+BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "torch bf16": 2, "torch f32": 4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention per KV cache format, and PyTorch's.")
+    parser.add_argument("--torch-python", help="an interpreter with PyTorch")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--decode", nargs="*", type=int, default=[4096, 16384, 65536])
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 4096, 8192])
+    parser.add_argument("--kv", nargs="+", default=["f16", "bf16", "f32", "int8"])
+    parser.add_argument("--megabytes", type=int, default=1024)
+    harness.add_common_arguments(parser)
+    args = parser.parse_args()
+    torch = None
+    if args.torch_python:
+        torch = harness.Worker(args.torch_python, "worker_torch.py")
+        torch.ask("open", threads=args.threads)
+    cases = [(d, tokens, 1) for d in args.head_dim for tokens in args.decode]
+    cases += [(d, tokens, tokens) for d in args.head_dim for tokens in args.prefill]
+    found = [row for case in cases for row in measure(*case, torch, args)]
+    if torch:
+        torch.close()
+    show(found)
+    if not args.no_save:
+        record: dict[str, Any] = {"kv_heads": KV_HEADS, "group": GROUP, "rows": found}
+        if args.label:
+            record["label"] = args.label
+        print("saved", harness.save("attention", record, args.threads))
+
+
+def measure(
+    d: int, tokens: int, rows: int, torch: harness.Worker | None, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row per format: medians over the rounds."""
+    from lacewing import _C
+
+    names = [*args.kv, *(TORCH if torch else ())]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    sizes: dict[str, int] = {}
+    roofs = []
+    for turn in range(args.rounds):
+        roofs.append(_C.read_bandwidth(args.megabytes << 20, args.threads, None, 0.1))
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            one = 2 * KV_HEADS * tokens * d * BYTES[name]
+            layers = 1 if rows > 1 else max(1, (args.megabytes << 20) // one)
+            if name in TORCH:
+                assert torch
+                answer = torch.ask(
+                    "attention", dtype=TORCH[name], layers=layers, kv_heads=KV_HEADS, group=GROUP,
+                    head_dim=d, tokens=tokens, rows=rows,
+                )  # fmt: skip
+                seconds[name].append(answer["seconds"])
+                sizes[name] = layers * one
+            else:
+                times, sizes[name] = _C.time_attention(
+                    name, layers, KV_HEADS, GROUP, d, tokens, rows, 1, args.threads
+                )
+                seconds[name] += times
+        harness.progress(f"{'decode' if rows == 1 else 'prefill'} {tokens} d={d}: round {turn + 1}")
+    roof = max(roofs)
+    return [result(name, d, tokens, rows, seconds[name], sizes[name], roof) for name in names]
+
+
+def result(
+    name: str, d: int, tokens: int, rows: int, times: list[float], size: int, roof: float
+) -> dict[str, Any]:
+    seconds = statistics.median(times)
+    row = {
+        "what": "decode" if rows == 1 else "prefill",
+        "kv": name,
+        "head_dim": d,
+        "tokens": tokens,
+        "milliseconds": round(seconds * 1e3, 3),
+        "rounds": [round(each * 1e3, 3) for each in times],
+    }
+    if rows == 1:
+        rate = size / seconds * 1e-9
+        row |= {"cache_mb": size >> 20, "gb_s": round(rate, 2), "share": round(rate / roof, 3)}
+        return row | {"read_bandwidth_gb_s": round(roof, 2)}
+    operations = 4 * d * KV_HEADS * GROUP * rows * (rows + 1) / 2
+    return {**row, "gflop_s": round(operations / seconds * 1e-9, 1)}
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    cells = [
+        [row["kv"], row["what"], str(row["tokens"]), str(row["head_dim"]),
+         f"{row['milliseconds']:.1f}", str(row.get("gb_s", "-")),
+         f"{row['share']:.0%}" if "share" in row else "-", str(row.get("gflop_s", "-"))]
+        for row in found
+    ]  # fmt: skip
+    head = ["", "", "tokens", "head_dim", "ms", "GB/s", "of memory", "GFLOP/s"]
+    harness.table("attention", head, cells)
+
+
+if __name__ == "__main__":
+    main()

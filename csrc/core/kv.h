@@ -1,0 +1,29 @@
+// KV cache formats as everything outside the kernels sees them: a name and a block's size.
+#pragma once
+
+#include <cstdint>
+
+namespace lacewing {
+
+// Every KV cache format: X(name, C++ codec in formats/kv.h). One line registers one.
+#define LACEWING_KV_FORMATS(X) \
+  X("f16", F16Kv)              \
+  X("bf16", Bf16Kv)            \
+  X("f32", F32Kv)              \
+  X("int8", Int8Kv)
+
+#define LACEWING_COUNT(name, type) +1
+inline constexpr int kKvFormatCount = 0 LACEWING_KV_FORMATS(LACEWING_COUNT);
+#undef LACEWING_COUNT
+
+inline constexpr int64_t kBlock = 16;  // tokens of one KV cache block
+
+struct KvInfo {
+  const char* name;
+  // Bytes of the keys and values of one block and one head; a multiple of 64.
+  int64_t (*block_bytes)(int64_t head_dim);
+};
+
+extern const KvInfo kKvInfo[kKvFormatCount];
+
+}  // namespace lacewing
