@@ -65,21 +65,27 @@ void init_tensor(Tensor* self, const std::string& format, int64_t n, int64_t k,
 
 // ---- linear
 
-// Scratch of one run: one slice per thread.
-struct Scratch {
-  explicit Scratch(int threads) : memory(kLinearScratch * static_cast<size_t>(threads)) {}
-  void* of(int tid) { return memory.data() + kLinearScratch * static_cast<size_t>(tid); }
-  Memory memory;
-};
+// Memory that one call leaves to the next of its thread: fresh pages, or zeroing old ones, would cost
+// more than a small product. Only what is unusually large is given back.
+class Workspace {
+ public:
+  // At least `bytes` of anything, 64-byte aligned, until the next call of `take`.
+  uint8_t* take(size_t bytes) {
+    if (memory_.size() < bytes || memory_.size() > kKept) memory_ = Memory(bytes);
+    return memory_.data();
+  }
 
-// Memory and layout of the activations `[m, w.k]` of one call.
-struct Activations {
-  Activations(const Tensor& t, int64_t m)
-      : memory(rows_bytes(kFormatInfo[t.w.format], m, t.w.k)),
-        rows(place_rows(kFormatInfo[t.w.format], m, t.w.k, memory.data())) {}
-  Memory memory;
-  Rows rows;
+ private:
+  static constexpr size_t kKept = size_t{64} << 20;
+  Memory memory_;
 };
+thread_local Workspace activations_space, scratch_space;
+
+// Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
+Rows take_rows(const Tensor& t, int64_t m) {
+  const FormatInfo& info = kFormatInfo[t.w.format];
+  return place_rows(info, m, t.w.k, activations_space.take(rows_bytes(info, m, t.w.k)));
+}
 
 // Quantizes rows tid, tid + threads, ...
 void quantize_share(const KernelTable& table, const float* x, int64_t k, const Rows& rows, int tid,
@@ -100,24 +106,18 @@ struct LinearRun {
 
   void operator()(int threads) {
     const PackedTensor& w = weight.w;
-    const Activations activations(weight, m);
-    const Rows& rows = activations.rows;
+    const Rows rows = take_rows(weight, m);
     Pool& pool = Pool::instance();
     const int count = pool.resolve(threads);
-    Scratch scratch(count);
-    pool.run(count, [&](int tid, int n) { quantize_share(table, x, w.k, rows, tid, n); });
+    uint8_t* scratch = scratch_space.take(kLinearScratch * static_cast<size_t>(count));
+    Barrier quantized(count, pool.may_spin(count));
     pool.run(count, [&](int tid, int n) {
-      const int64_t strips = w.strips();
-      const LinearArgs args{&w,
-                            &rows,
-                            bias,
-                            y,
-                            w.n,
-                            false,
-                            strips * tid / n,
-                            strips * (tid + 1) / n,
-                            scratch.of(tid)};
-      if (args.strip_begin < args.strip_end) table.formats[w.format].linear(args);
+      quantize_share(table, x, w.k, rows, tid, n);
+      quantized.wait();
+      const int64_t strips = w.strips(), begin = strips * tid / n, end = strips * (tid + 1) / n;
+      if (begin < end)
+        table.formats[w.format].linear({&w, &rows, bias, y, w.n, false, begin, end,
+                                        scratch + kLinearScratch * static_cast<size_t>(tid)});
     });
   }
 };
@@ -158,12 +158,11 @@ void linear_into(const Floats2& x, const Tensor& w, const Output& y,
           "linear_into: strips must lie in 0.." + str(w.w.strips()));
   const KernelTable& table = table_of(isa);
   if (m == 0 || first == last) return;
-  Activations rows(w, m);
-  quantize_share(table, x.data(), w.w.k, rows.rows, 0, 1);
-  Scratch scratch(1);
-  table.formats[w.w.format].linear({&w.w, &rows.rows, bias ? bias->data() : nullptr, y.data(),
+  const Rows rows = take_rows(w, m);
+  quantize_share(table, x.data(), w.w.k, rows, 0, 1);
+  table.formats[w.w.format].linear({&w.w, &rows, bias ? bias->data() : nullptr, y.data(),
                                     static_cast<int64_t>(y.shape(1)), accumulate, first, last,
-                                    scratch.of(0)});
+                                    scratch_space.take(kLinearScratch)});
 }
 
 nb::object gather(const Tensor& w, const Ints1& ids, const Isa& isa) {

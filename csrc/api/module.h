@@ -31,10 +31,10 @@ int format_index(const std::string& name);
 // The table of an ISA by name; the default one for None. ValueError if it cannot run here.
 const KernelTable& table_of(const std::optional<std::string>& isa);
 
-// Owner of `new float[]`-like buffers handed to numpy.
+// Owner of `new float[]`-like buffers, not initialized, handed to numpy.
 template <class T>
 struct Buffer {
-  explicit Buffer(size_t count) : data(new T[count ? count : 1]()) {}
+  explicit Buffer(size_t count) : data(new T[count ? count : 1]) {}
   std::unique_ptr<T[]> data;
 
   // A numpy array that takes the memory over.
