@@ -54,23 +54,21 @@ bool request_tiles() {
 
 Cpu read_cpu() {
   const Leaf one = cpuid(1, 0), seven = cpuid(7, 0), extended = cpuid(0x80000001, 0);
-  Cpu cpu{one.ecx,   seven.ebx,    seven.ecx,           seven.edx,
-          extended.ecx, read_xcr0(one.ecx), false};
+  Cpu cpu{one.ecx, seven.ebx, seven.ecx, seven.edx, extended.ecx, read_xcr0(one.ecx), false};
   cpu.tile_permitted = bit(cpu.leaf7_edx, 24) && request_tiles();
   return cpu;
 }
 
 const char* missing_avx2(const Cpu& cpu) {
-  const Feature needed[] = {
-      {"AVX", bit(cpu.leaf1_ecx, 28)},
-      {"FMA", bit(cpu.leaf1_ecx, 12)},
-      {"F16C", bit(cpu.leaf1_ecx, 29)},
-      {"POPCNT", bit(cpu.leaf1_ecx, 23)},
-      {"AVX2", bit(cpu.leaf7_ebx, 5)},
-      {"BMI1", bit(cpu.leaf7_ebx, 3)},
-      {"BMI2", bit(cpu.leaf7_ebx, 8)},
-      {"LZCNT", bit(cpu.extended_ecx, 5)},
-      {"AVX state enabled by the OS", (cpu.xcr0 & kAvxState) == kAvxState}};
+  const Feature needed[] = {{"AVX", bit(cpu.leaf1_ecx, 28)},
+                            {"FMA", bit(cpu.leaf1_ecx, 12)},
+                            {"F16C", bit(cpu.leaf1_ecx, 29)},
+                            {"POPCNT", bit(cpu.leaf1_ecx, 23)},
+                            {"AVX2", bit(cpu.leaf7_ebx, 5)},
+                            {"BMI1", bit(cpu.leaf7_ebx, 3)},
+                            {"BMI2", bit(cpu.leaf7_ebx, 8)},
+                            {"LZCNT", bit(cpu.extended_ecx, 5)},
+                            {"AVX state enabled by the OS", (cpu.xcr0 & kAvxState) == kAvxState}};
   return first_missing(needed);
 }
 

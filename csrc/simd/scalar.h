@@ -190,6 +190,24 @@ struct Scalar {
     return map([&](int i) { return bf16(a.v + 4 * i + 2); });
   }
 
+  // ---- what the AMX driver asks for beyond that (so avx2.h has none of it)
+  static LW_INLINE U8x64 sub_u8(const U8x64& a, uint8_t c) {
+    return map_u8([&](int i) { return a.v[i] - c; });
+  }
+  // As bf16, rounded to nearest even; a NaN stays one.
+  static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t u = f32_bits(a.v[i]);
+      const bool nan = (u & 0x7fffffff) > 0x7f800000;
+      p[i] = static_cast<uint16_t>((nan ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
+    }
+  }
+  // Dwords `[16][8]` to 8 rows of 64 bytes, `[8][16]`.
+  static LW_INLINE void transpose_16x8(uint8_t* to, const uint8_t* from) {
+    for (int r = 0; r < 8; ++r)
+      for (int i = 0; i < 16; ++i) std::memcpy(to + 64 * r + 4 * i, from + 32 * i + 4 * r, 4);
+  }
+
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }
   static LW_INLINE void prefetch_t1(const void* p) { __builtin_prefetch(p, 0, 2); }
 

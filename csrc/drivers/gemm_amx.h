@@ -1,0 +1,366 @@
+// Many rows through AMX tiles. No format here, and no instruction: `Tiles` is simd/amx.h's.
+//
+// Activations of a chunk of inputs are brought once into tiles of 16 rows x 64 bytes, 1 MB of them
+// at most, which stays in L2. Then, for every panel of 32 outputs and every 16 k-tiles of it
+// (32 KB of weights, in L1), blocks of 32 rows go by, 2 x 2 tiles of sums each:
+//   - weights that lie in the packed bytes as tiles (16 blocks of 64 bytes are one) are loaded from
+//     where they are; all others are expanded once into 32 KB and used for all rows;
+//   - float sums stay in tile registers for 16 k-tiles;
+//   - integer sums are exact, so every group is a step of its own: its int32 tile is stored and
+//     added in float, in the order that the format states.
+// Sums wait in scratch between the k-tiles of a panel, in y (or scratch, if y is to be added to)
+// between chunks.
+#pragma once
+
+#include "drivers/amx_pack.h"
+#include "drivers/arithmetic.h"
+#include "drivers/output.h"
+#include "formats/traits.h"
+#include "simd/amx.h"
+
+namespace lacewing {
+namespace {
+
+inline constexpr int64_t kAmxDepth = 16;     // k-tiles of weights at once
+inline constexpr int64_t kAmxStrips = 1024;  // strips whose cursors are in scratch at once
+inline constexpr int64_t kKeptStrips = 16;   // strips whose sums are, between chunks
+
+// Whether the tiles of a strip lie in its bytes just as they are multiplied.
+template <class F>
+inline constexpr bool kLiesInTiles = requires(const PackedTensor& w) { F::blocks(w, 0); };
+
+// The caller's scratch, cut up.
+template <class F>
+struct AmxScratch {
+  using Sums = float[2][2][16][16];  // [16 rows][strip] of a block of rows
+
+  alignas(64) uint8_t a[kAmxTiles][kTileBytes];        // 1 MB
+  alignas(64) uint8_t b[2][kAmxDepth][kTileBytes];     // 32 KB
+  alignas(64) Sums sums[kAmxRows / kBlockRows];        // 64 KB
+  alignas(64) int32_t dots[2][2][2][16][16];           // of this step and the one before
+  alignas(64) float scales[2][kAmxDepth * 2][kStrip];  // of the weights in `b`
+  alignas(64) float minima[2][kAmxDepth * 2][kStrip];
+  alignas(64) float kept[kAmxRows][kKeptStrips][kStrip];  // 512 KB
+  typename F::Cursor cursors[kAmxStrips];
+};
+
+template <class S, class Tiles, class F>
+class AmxGemm {
+ public:
+  explicit AmxGemm(const LinearArgs& a) : a_(a), s_(*static_cast<AmxScratch<F>*>(a.scratch)) {
+    static_assert(sizeof(AmxScratch<F>) <= kLinearScratch);
+  }
+
+  // The shapes are loaded by every call and let go at its end, so that it does not matter what
+  // anybody else in this thread does with tiles, and so that no tile is live afterwards: live ones
+  // are 8 KB more for the kernel to save at every switch of threads. Both together take about a
+  // hundred cycles; one k-tile of one block of rows takes 66.
+  void run() {
+    tiles_.configure(shapes());
+    for (int64_t r = 0; r < a_.x->m; r += kAmxRows) {
+      first_ = r;
+      rows_ = kAmxRows < a_.x->m - r ? kAmxRows : a_.x->m - r;
+      run_rows();
+    }
+    tiles_.release();
+  }
+
+ private:
+  static constexpr int64_t kInputs = kTileInputs<F>;
+  static constexpr int64_t kStepBytes = F::kGroup == 0 ? 64 : F::kGroup;  // of a row of A
+
+  static TileShapes shapes() {
+    TileShapes s;
+    for (int t = 0; t < 8; ++t) {  // 0..3: sums, 4 and 5: activations, 6 and 7: weights
+      s.rows[t] = t < 6 ? 16 : kStepBytes / 4;
+      s.row_bytes[t] = t == 4 || t == 5 ? kStepBytes : 64;
+    }
+    return s;
+  }
+
+  // ---- rows, chunks of inputs, panels of outputs
+
+  void run_rows() {
+    blocks_ = (rows_ + kBlockRows - 1) / kBlockRows;
+    tiles_k_ = (a_.x->k_pad + kInputs - 1) / kInputs;
+    const int64_t fit = kAmxTiles / (2 * blocks_) / kAmxDepth * kAmxDepth;
+    const int64_t chunks = (tiles_k_ + fit - 1) / fit;
+    const int64_t step = round_up((tiles_k_ + chunks - 1) / chunks, kAmxDepth);
+    in_scratch_ = a_.accumulate && chunks > 1;
+    const int64_t strips = in_scratch_ ? kKeptStrips : kAmxStrips;
+    for (int64_t s = a_.strip_begin; s < a_.strip_end; s += strips)
+      run_strips(s, s + strips < a_.strip_end ? s + strips : a_.strip_end, step);
+  }
+
+  void run_strips(int64_t begin, int64_t end, int64_t step) {
+    begin_ = begin;
+    end_ = end;
+    for (int64_t s = begin; s < end; ++s) s_.cursors[s - begin] = F::open(*a_.w, s);
+    for (k_ = 0; k_ < tiles_k_; k_ += step) {
+      count_ = step < tiles_k_ - k_ ? step : tiles_k_ - k_;
+      pack_rows<S, F>(s_.a, *a_.x, first_, rows_, k_, count_);
+      for (int64_t s = begin; s < end; s += 2) {
+        if (s + 1 < end)
+          run_panel<2>(s);
+        else
+          run_panel<1>(s);
+      }
+    }
+  }
+
+  // Strips s.. (one or two) times the chunk.
+  template <int Strips>
+  void run_panel(int64_t s) {
+    if (k_ > 0)
+      move_sums<Strips>(s, [&](float* y, int64_t n, float* sum) {
+        S::store(sum, n < kStrip ? S::load_n(y, n) : S::load(y));
+      });
+    for (int64_t d = 0; d < count_; d += kAmxDepth) {
+      const int64_t depth = kAmxDepth < count_ - d ? kAmxDepth : count_ - d;
+      Weights w = weights<Strips>(s, d, depth);
+      for (int64_t block = 0; block < blocks_; ++block) {
+        if (rows_ - block * kBlockRows > 16)
+          multiply<2, Strips>(block, d, depth, w);
+        else
+          multiply<1, Strips>(block, d, depth, w);
+      }
+    }
+    if (k_ + count_ < tiles_k_)
+      move_sums<Strips>(s, [&](float* y, int64_t n, const float* sum) {
+        n < kStrip ? S::store_n(y, S::load(sum), n) : S::store(y, S::load(sum));
+      });
+    else
+      write_sums<Strips>(s);
+  }
+
+  // ---- sums between chunks and at the end
+
+  float* sums_of(int64_t row, int i) {
+    return s_.sums[row / kBlockRows][row % kBlockRows / 16][i][row % 16];
+  }
+
+  // f(where they wait, how many of 16 there are, the panel's sums) for every row and strip.
+  template <int Strips, class Move>
+  void move_sums(int64_t s, Move move) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int i = 0; i < Strips; ++i) {
+        if (in_scratch_)
+          move(s_.kept[r][s + i - begin_], kStrip, sums_of(r, i));
+        else
+          move(a_.y + (first_ + r) * a_.ldy + (s + i) * kStrip, a_.w->n - (s + i) * kStrip,
+               sums_of(r, i));
+      }
+    }
+  }
+
+  template <int Strips>
+  void write_sums(int64_t s) {
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int i = 0; i < Strips; ++i)
+        write_outputs<S>(a_, s + i, first_ + r, S::load(sums_of(r, i)));
+  }
+
+  // ---- weights
+
+  struct Weights {
+    const uint8_t* tiles[2];  // of each strip
+    const uint8_t* next[2];   // what will be read after them, or null
+  };
+
+  template <int Strips>
+  Weights weights(int64_t s, int64_t d, int64_t depth) {
+    Weights w{{s_.b[0][0], s_.b[1][0]}, {nullptr, nullptr}};
+    for (int i = 0; i < Strips; ++i) {
+      if constexpr (kLiesInTiles<F>) {
+        const uint8_t* strip = F::blocks(*a_.w, s + i);
+        const uint8_t* tiles = strip + (k_ + d) * kTileBytes;
+        const uint8_t* end = strip + a_.x->k_pad * kTileBytes / kInputs;
+        if (end - tiles <
+            depth * kTileBytes)  // the last one is cut short: what follows is not ours
+          copy_padded(s_.b[i][0], tiles, end - tiles, depth * kTileBytes);
+        else
+          w.tiles[i] = tiles;
+        w.next[i] = d + depth < count_ ? tiles + depth * kTileBytes
+                    : s + 2 + i < end_ ? F::blocks(*a_.w, s + 2 + i) + k_ * kTileBytes
+                                       : nullptr;
+      } else {
+        expand(i, s_.cursors[s + i - begin_], groups_in(d, depth));
+      }
+    }
+    return w;
+  }
+
+  static void copy_padded(uint8_t* to, const uint8_t* from, int64_t bytes, int64_t room) {
+    __builtin_memcpy(to, from, static_cast<size_t>(bytes));
+    __builtin_memset(to + bytes, 0, static_cast<size_t>(room - bytes));
+  }
+
+  // Groups in `depth` k-tiles from the chunk's d-th one.
+  int64_t groups_in(int64_t d, int64_t depth) const {
+    const int64_t left = a_.x->k_pad - (k_ + d) * kInputs, inputs = depth * kInputs;
+    return (inputs < left ? inputs : left) / F::kGroup;
+  }
+
+  // Codes less their zero point, which fit a signed byte: no correction by the sums of q is due.
+  void expand(int i, typename F::Cursor& c, int64_t groups) {
+    static_assert(F::kMaxCode - F::kZeroPoint < 128);
+    uint8_t* p = s_.b[i][0];
+    for (int64_t g = 0; g < groups; ++g) {
+      S::store(s_.scales[i][g], F::template scale<S>(c));
+      if constexpr (F::kHasMin) S::store(s_.minima[i][g], F::template minimum<S>(c));
+      F::template group<S>(
+          c, [&](int b, typename S::U8x64 v) __attribute__((always_inline)) {
+            S::store_u8(p + 64 * b, S::sub_u8(v, F::kZeroPoint));
+          });
+      p += F::kGroup * kStrip;
+    }
+  }
+
+  // ---- blocks of rows
+
+  template <int RowTiles, int Strips>
+  void multiply(int64_t block, int64_t d, int64_t depth, const Weights& w) {
+    const uint8_t* a = s_.a[2 * (block * count_ + d)];
+    const bool fresh = k_ + d == 0;
+    if constexpr (F::kGroup == 0)
+      multiply_floats<RowTiles, Strips>(s_.sums[block], a, w, block, depth, fresh);
+    else
+      multiply_groups<RowTiles, Strips>(s_.sums[block], a, block, d, groups_in(d, depth), fresh);
+  }
+
+  template <int RowTiles, int Strips>
+  void multiply_floats(float (*c)[2][16][16], const uint8_t* a, const Weights& w, int64_t block,
+                       int64_t depth, bool fresh) {
+    fresh ? zero_tiles<RowTiles, Strips>() : load_tiles<RowTiles, Strips>(c);
+    for (int64_t t = 0; t < depth; ++t) {
+      load_a<RowTiles>(a + 2 * kTileBytes * t);
+      tiles_.template load<6>(w.tiles[0] + kTileBytes * t, 64);
+      tiles_.template dot_bf16<0, 4, 6>();
+      if constexpr (RowTiles > 1) tiles_.template dot_bf16<2, 5, 6>();
+      if constexpr (Strips > 1) {
+        tiles_.template load<7>(w.tiles[1] + kTileBytes * t, 64);
+        tiles_.template dot_bf16<1, 4, 7>();
+        if constexpr (RowTiles > 1) tiles_.template dot_bf16<3, 5, 7>();
+      }
+      prefetch_sums(c + 2, t);
+      prefetch_weights(w, block * kAmxDepth + t);
+    }
+    store_tiles<RowTiles, Strips>(c);
+  }
+
+  // Tile instructions of one group run beside the float steps of the group before.
+  template <int RowTiles, int Strips>
+  void multiply_groups(float (*c)[2][16][16], const uint8_t* a, int64_t block, int64_t d,
+                       int64_t groups, bool fresh) {
+    if (fresh) __builtin_memset(c, 0, sizeof(s_.sums[0]));
+    const int64_t first = (k_ + d) * kInputs / F::kGroup;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = g * F::kGroup;
+      const uint8_t* b = s_.b[0][0] + at * kStrip;
+      zero_tiles<RowTiles, Strips>();
+      load_a<RowTiles>(a + at / 64 * 2 * kTileBytes + at % 64);
+      tiles_.template load<6>(b, 64);
+      tiles_.template dot_s8_s8<0, 4, 6>();
+      if constexpr (RowTiles > 1) tiles_.template dot_s8_s8<2, 5, 6>();
+      if constexpr (Strips > 1) {
+        tiles_.template load<7>(b + sizeof(s_.b[0]), 64);
+        tiles_.template dot_s8_s8<1, 4, 7>();
+        if constexpr (RowTiles > 1) tiles_.template dot_s8_s8<3, 5, 7>();
+      }
+      store_tiles<RowTiles, Strips>(s_.dots[g % 2]);
+      if (g > 0) add_dots<Strips>(c, s_.dots[(g - 1) % 2], block, first, g - 1);
+    }
+    add_dots<Strips>(c, s_.dots[(groups - 1) % 2], block, first, groups - 1);
+  }
+
+  // The exact sums of group `first` + g onto c: rows of the block that there are.
+  template <int Strips>
+  void add_dots(float (*c)[2][16][16], int32_t (*dots)[2][16][16], int64_t block,
+                int64_t first, int64_t g) {
+    const Rows& x = *a_.x;
+    const int64_t all = x.k_pad / F::kGroup, end = rows_ - block * kBlockRows;
+    for (int64_t r = 0; r < kBlockRows && r < end; r += kRowBlock) {
+      const int64_t row = first_ + block * kBlockRows + r;
+      const int lanes = x.rows_in(row / kRowBlock);
+      const int64_t at = row * all + (first + g) * lanes;
+      for (int i = 0; i < Strips; ++i) {
+        float(*sums)[16] = c[r / 16][i] + r % 16;
+        const int32_t(*dot)[16] = dots[r / 16][i] + r % 16;
+        if (lanes == kRowBlock) {
+#pragma GCC unroll 8
+          for (int lane = 0; lane < kRowBlock; ++lane)
+            add_row(sums[lane], dot[lane], i, g, x.scale[at + lane], x.sum[at + lane]);
+        } else {
+          for (int lane = 0; lane < lanes; ++lane)
+            add_row(sums[lane], dot[lane], i, g, x.scale[at + lane], x.sum[at + lane]);
+        }
+      }
+    }
+  }
+
+  LW_INLINE void add_row(float* sums, const int32_t* dot, int strip, int64_t g, float sx,
+                         int32_t sumx) {
+    const auto sw = S::load(s_.scales[strip][g]);
+    auto mw = sw;
+    if constexpr (F::kHasMin) mw = S::load(s_.minima[strip][g]);
+    S::store(sums, add_group<S, F>(S::load(sums), S::load_i32(dot), sw, mw, sx, sumx));
+  }
+
+  // ---- tiles: C are 0 (rows 0..15, first strip), 1 (second strip), 2 and 3 (rows 16..31)
+
+  template <int RowTiles>
+  LW_INLINE void load_a(const uint8_t* a) {
+    tiles_.template load_once<4>(a, 64);
+    if constexpr (RowTiles > 1) tiles_.template load_once<5>(a + kTileBytes, 64);
+  }
+  template <int RowTiles, int Strips>
+  LW_INLINE void zero_tiles() {
+    tiles_.template zero<0>();
+    if constexpr (Strips > 1) tiles_.template zero<1>();
+    if constexpr (RowTiles > 1) tiles_.template zero<2>();
+    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template zero<3>();
+  }
+  template <int RowTiles, int Strips, class T>
+  LW_INLINE void load_tiles(T (*c)[2][16][16]) {
+    tiles_.template load<0>(c[0][0], 64);
+    if constexpr (Strips > 1) tiles_.template load<1>(c[0][1], 64);
+    if constexpr (RowTiles > 1) tiles_.template load<2>(c[1][0], 64);
+    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template load<3>(c[1][1], 64);
+  }
+  template <int RowTiles, int Strips, class T>
+  LW_INLINE void store_tiles(T (*c)[2][16][16]) {
+    tiles_.template store<0>(c[0][0], 64);
+    if constexpr (Strips > 1) tiles_.template store<1>(c[0][1], 64);
+    if constexpr (RowTiles > 1) tiles_.template store<2>(c[1][0], 64);
+    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template store<3>(c[1][1], 64);
+  }
+
+  // The next block's 4 KB of sums, a sixteenth per step, to L1.
+  static LW_INLINE void prefetch_sums(const void* next, int64_t step) {
+    const auto* p = static_cast<const uint8_t*>(next) + step * 256;
+    for (int line = 0; line < 4; ++line) S::prefetch_t0(p + 64 * line);
+  }
+
+  // The next 16 KB of each strip to L2, shared out over all steps of all blocks of rows.
+  LW_INLINE void prefetch_weights(const Weights& w, int64_t step) {
+    if (!w.next[0]) return;
+    const int64_t bytes = (kAmxDepth + blocks_ - 1) / blocks_ * 64;
+    for (int64_t at = step * bytes; at < (step + 1) * bytes && at < kAmxDepth * kTileBytes;
+         at += 64) {
+      S::prefetch_t1(w.next[0] + at);
+      if (w.next[1]) S::prefetch_t1(w.next[1] + at);
+    }
+  }
+
+  const LinearArgs& a_;
+  AmxScratch<F>& s_;
+  Tiles tiles_;
+  int64_t first_ = 0, rows_ = 0, blocks_ = 0;  // rows of this panel, and their blocks of 32
+  int64_t begin_ = 0, end_ = 0;                // strips whose cursors are in scratch
+  int64_t tiles_k_ = 0;                        // k-tiles in all
+  int64_t k_ = 0, count_ = 0;                  // k-tiles of this chunk
+  bool in_scratch_ = false;                    // where sums wait between chunks
+};
+
+}  // namespace
+}  // namespace lacewing
