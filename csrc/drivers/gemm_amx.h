@@ -29,6 +29,11 @@ inline constexpr int64_t kKeptStrips = 16;   // strips whose sums are, between c
 template <class F>
 inline constexpr bool kLiesInTiles = requires(const PackedTensor& w) { F::blocks(w, 0); };
 
+// Formats that this driver can multiply by; a new kind has the drivers of the table below until
+// then.
+template <class F>
+inline constexpr bool kThroughTiles = kLiesInTiles<F> || F::kGroup == 32 || F::kGroup == 64;
+
 // The caller's scratch, cut up.
 template <class F>
 struct AmxScratch {
@@ -275,8 +280,8 @@ class AmxGemm {
 
   // The exact sums of group `first` + g onto c: rows of the block that there are.
   template <int Strips>
-  void add_dots(float (*c)[2][16][16], int32_t (*dots)[2][16][16], int64_t block,
-                int64_t first, int64_t g) {
+  void add_dots(float (*c)[2][16][16], int32_t (*dots)[2][16][16], int64_t block, int64_t first,
+                int64_t g) {
     const Rows& x = *a_.x;
     const int64_t all = x.k_pad / F::kGroup, end = rows_ - block * kBlockRows;
     for (int64_t r = 0; r < kBlockRows && r < end; r += kRowBlock) {

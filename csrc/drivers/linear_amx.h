@@ -20,10 +20,9 @@ constexpr int64_t amx_from() {
 
 template <const KernelTable& Base, class S, class Tiles, class F>
 void linear_amx(const LinearArgs& a) {
-  if (a.x->m < amx_from<F>())
-    Base.formats[a.w->format].linear(a);
-  else
-    AmxGemm<S, Tiles, F>(a).run();
+  if constexpr (kThroughTiles<F>)
+    if (a.x->m >= amx_from<F>()) return AmxGemm<S, Tiles, F>(a).run();
+  Base.formats[a.w->format].linear(a);
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ struct SoftwareTiles {
   // multiply-adds from zero, over the first and the second of every pair; their sum; onto C. Every
   // step rounds to nearest even; subnormal operands count as zero, subnormal results become zero.
   template <int C, int A, int B>
-  void dot_bf16() {
+  __attribute__((noinline)) void dot_bf16() {
     for (int m = 0; m < shapes_.rows[C]; ++m) {
       float chains[2][16] = {};
       for (int k = 0; k < shapes_.row_bytes[A] / 4; ++k)
@@ -135,7 +135,7 @@ struct SoftwareTiles {
 
  private:
   template <int C, int A, int B, class TA, class TB>
-  void dot_bytes() {
+  __attribute__((noinline)) void dot_bytes() {
     for (int m = 0; m < shapes_.rows[C]; ++m) {
       uint32_t sums[16];
       std::memcpy(sums, tiles_[C][m], 64);

@@ -169,7 +169,8 @@ class Model:
 
         A prompt may come in pieces. The logits of a token have the same bits however its sequence
         was cut and whatever else is in the batch (bf16 weights on AMX: as long as both times fewer
-        than 8 rows, or both times more, are computed together). Calls from several threads are served in turn.
+        than 8 rows, or both times more, are computed together). Calls from several threads are
+        served in turn.
         """
 
 # ---- the machine

@@ -160,4 +160,4 @@ def test_forced_isa() -> None:
             assert run.returncode != 0
             assert isa["missing"] in run.stderr and "Traceback" in run.stderr
     run = run_with_isa("neon")
-    assert run.returncode != 0 and "must be one of `scalar`" in run.stderr
+    assert run.returncode != 0 and "must be one of `amx_emulated`, `scalar`" in run.stderr

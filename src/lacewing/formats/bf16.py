@@ -95,9 +95,7 @@ class Bf16(Dense):
             chains[i % 2] = _fma(rows[:, i, None], w[:, i], chains[i % 2])
         return add_bias(chains[0] + chains[1], bias)
 
-    def tolerance(
-        self, x: npt.ArrayLike, packed: PackedTensor | Codes, tiles: bool = False
-    ) -> F64:
+    def tolerance(self, x: npt.ArrayLike, packed: PackedTensor | Codes, tiles: bool = False) -> F64:
         """Largest error `[m, n]` of a two-chain f32 evaluation against exact arithmetic, without
         bias: each of the k/2 + 1 roundings on the way of a product is off by 2^-24 at most.
 
