@@ -36,7 +36,16 @@ int threads() { return Pool::instance().threads(); }
 
 // ---- bandwidth
 
-constexpr size_t kColdBytes = size_t{256} << 20;  // more than any one socket's share of L3
+// Four times the last-level cache, so that reading in turn finds nothing of it there, as far as a
+// quarter of the free memory allows.
+size_t cold_bytes() {
+  const auto bytes = [](int64_t x) { return static_cast<size_t>(std::max<int64_t>(x, 0)); };
+  const size_t cache = bytes(sysconf(_SC_LEVEL3_CACHE_SIZE));
+  const size_t free = bytes(sysconf(_SC_AVPHYS_PAGES)) * bytes(sysconf(_SC_PAGESIZE));
+  const size_t least = size_t{256} << 20;
+  return std::max(least, std::min(4 * cache, free / 4));
+}
+
 constexpr size_t kPage = 4096;
 
 // Seconds of one pass of all threads over their contiguous parts.
@@ -59,7 +68,7 @@ double read_bandwidth(int64_t bytes, int threads, const Isa& isa, double seconds
   require(seconds > 0 && seconds <= 60, "read_bandwidth: seconds must be in 0..60");
   const KernelTable& table = table_of(isa);
   nb::gil_scoped_release release;
-  const Memory memory(std::max(static_cast<size_t>(bytes), kColdBytes));
+  const Memory memory(std::max(static_cast<size_t>(bytes), cold_bytes()));
   std::memset(memory.data(), 1, memory.size());  // or all pages would be one page of zeros
   std::atomic<uint64_t> sink{0};
   double best = read_once(table, memory, threads, sink);
