@@ -35,7 +35,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 def build(folder: Path, sanitizers: str) -> None:
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DLACEWING_SANITIZE={sanitizers}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)

@@ -5,18 +5,18 @@
 // (32 KB of weights, in L1), blocks of 32 rows go by, 2 x 2 tiles of sums each:
 //   - weights that lie in the packed bytes as tiles (16 blocks of 64 bytes are one) are loaded from
 //     where they are; all others are expanded once into 32 KB and used for all rows;
-//   - float sums stay in tile registers for 16 k-tiles;
-//   - integer sums are exact, so every group is a step of its own: its int32 tile is stored and
+//   - sums of floats, and of formats with one scale per row, stay in tile registers for 16 k-tiles;
+//   - where groups have scales, every group is a step of its own: its exact int32 tile is stored
+//   and
 //     added in float, in the order that the format states.
 // Sums wait in scratch between the k-tiles of a panel, in y (or scratch, if y is to be added to)
 // between chunks.
 #pragma once
 
-#include "drivers/amx_pack.h"
+#include "drivers/amx_block.h"
 #include "drivers/arithmetic.h"
 #include "drivers/output.h"
 #include "formats/traits.h"
-#include "simd/amx.h"
 
 namespace lacewing {
 namespace {
@@ -29,15 +29,25 @@ inline constexpr int64_t kKeptStrips = 16;   // strips whose sums are, between c
 template <class F>
 inline constexpr bool kLiesInTiles = requires(const PackedTensor& w) { F::blocks(w, 0); };
 
-// Formats that this driver can multiply by; a new kind has the drivers of the table below until
-// then.
+// Formats that this driver can multiply by: floats, and groups that are half a k-tile or whole
+// ones.
 template <class F>
-inline constexpr bool kThroughTiles = kLiesInTiles<F> || F::kGroup == 32 || F::kGroup == 64;
+inline constexpr bool kThroughTiles =
+    F::kGroup == 0 || F::kGroup == 32 ||
+    (F::kGroup % 64 == 0 && kAmxDepth * 64 % (F::kGroup ? F::kGroup : 1) == 0);
+
+// One scale per output instead of one per group.
+template <class F>
+constexpr bool has_row_scale() {
+  if constexpr (requires { F::kRowScale; }) return F::kRowScale;
+  return false;
+}
 
 // The caller's scratch, cut up.
 template <class F>
 struct AmxScratch {
-  using Sums = float[2][2][16][16];  // [16 rows][strip] of a block of rows
+  // [16 rows][strip] of a block of rows; with one scale per row these are the bits of int32.
+  using Sums = float[2][2][16][16];
 
   alignas(64) uint8_t a[kAmxTiles][kTileBytes];        // 1 MB
   alignas(64) uint8_t b[2][kAmxDepth][kTileBytes];     // 32 KB
@@ -61,7 +71,7 @@ class AmxGemm {
   // are 8 KB more for the kernel to save at every switch of threads. Both together take about a
   // hundred cycles; one k-tile of one block of rows takes 66.
   void run() {
-    tiles_.configure(shapes());
+    tiles_.configure(block_shapes(kStepBytes));
     for (int64_t r = 0; r < a_.x->m; r += kAmxRows) {
       first_ = r;
       rows_ = kAmxRows < a_.x->m - r ? kAmxRows : a_.x->m - r;
@@ -72,16 +82,16 @@ class AmxGemm {
 
  private:
   static constexpr int64_t kInputs = kTileInputs<F>;
-  static constexpr int64_t kStepBytes = F::kGroup == 0 ? 64 : F::kGroup;  // of a row of A
+  static constexpr bool kFloats = F::kGroup == 0, kRowScale = has_row_scale<F>();
+  static constexpr int64_t kStepBytes = F::kGroup == 32 && !kRowScale ? 32 : 64;  // of a row of A
 
-  static TileShapes shapes() {
-    TileShapes s;
-    for (int t = 0; t < 8; ++t) {  // 0..3: sums, 4 and 5: activations, 6 and 7: weights
-      s.rows[t] = t < 6 ? 16 : kStepBytes / 4;
-      s.row_bytes[t] = t == 4 || t == 5 ? kStepBytes : 64;
-    }
-    return s;
-  }
+  // Where the packed bytes are the tiles, codes are unsigned; expanded ones are less their zero
+  // point.
+  static constexpr TileDot kDot = kFloats           ? TileDot::bf16
+                                  : kLiesInTiles<F> ? TileDot::s8_u8
+                                                    : TileDot::s8_s8;
+  template <int RowTiles, int Strips>
+  using Block = TileBlock<Tiles, kDot, RowTiles, Strips>;
 
   // ---- rows, chunks of inputs, panels of outputs
 
@@ -162,7 +172,20 @@ class AmxGemm {
   void write_sums(int64_t s) {
     for (int64_t r = 0; r < rows_; ++r)
       for (int i = 0; i < Strips; ++i)
-        write_outputs<S>(a_, s + i, first_ + r, S::load(sums_of(r, i)));
+        write_outputs<S>(a_, s + i, first_ + r, output(s + i, first_ + r, sums_of(r, i)));
+  }
+
+  typename S::F32x16 output(int64_t strip, int64_t row, const float* sums) const {
+    if constexpr (!kRowScale) {
+      return S::load(sums);
+    } else {
+      const Rows& x = *a_.x;
+      const int32_t zero = kLiesInTiles<F> ? -F::kZeroPoint * x.sum[row] : 0;
+      alignas(64) int32_t dot[16];
+      __builtin_memcpy(dot, sums, sizeof(dot));
+      return scale_row<S, F>(S::add_i32(S::load_i32(dot), S::set1_i32(zero)),
+                             F::template scale<S>(F::open(*a_.w, strip)), x.scale[row]);
+    }
   }
 
   // ---- weights
@@ -188,6 +211,8 @@ class AmxGemm {
         w.next[i] = d + depth < count_ ? tiles + depth * kTileBytes
                     : s + 2 + i < end_ ? F::blocks(*a_.w, s + 2 + i) + k_ * kTileBytes
                                        : nullptr;
+      } else if constexpr (kFloats) {
+        expand_floats(i, s_.cursors[s + i - begin_], d, depth);
       } else {
         expand(i, s_.cursors[s + i - begin_], groups_in(d, depth));
       }
@@ -195,15 +220,16 @@ class AmxGemm {
     return w;
   }
 
+  // Inputs in `depth` k-tiles from the chunk's d-th one.
+  int64_t inputs_in(int64_t d, int64_t depth) const {
+    const int64_t left = a_.x->k_pad - (k_ + d) * kInputs, inputs = depth * kInputs;
+    return inputs < left ? inputs : left;
+  }
+  int64_t groups_in(int64_t d, int64_t depth) const { return inputs_in(d, depth) / F::kGroup; }
+
   static void copy_padded(uint8_t* to, const uint8_t* from, int64_t bytes, int64_t room) {
     __builtin_memcpy(to, from, static_cast<size_t>(bytes));
     __builtin_memset(to + bytes, 0, static_cast<size_t>(room - bytes));
-  }
-
-  // Groups in `depth` k-tiles from the chunk's d-th one.
-  int64_t groups_in(int64_t d, int64_t depth) const {
-    const int64_t left = a_.x->k_pad - (k_ + d) * kInputs, inputs = depth * kInputs;
-    return (inputs < left ? inputs : left) / F::kGroup;
   }
 
   // Codes less their zero point, which fit a signed byte: no correction by the sums of q is due.
@@ -211,7 +237,7 @@ class AmxGemm {
     static_assert(F::kMaxCode - F::kZeroPoint < 128);
     uint8_t* p = s_.b[i][0];
     for (int64_t g = 0; g < groups; ++g) {
-      S::store(s_.scales[i][g], F::template scale<S>(c));
+      if constexpr (!kRowScale) S::store(s_.scales[i][g], F::template scale<S>(c));
       if constexpr (F::kHasMin) S::store(s_.minima[i][g], F::template minimum<S>(c));
       F::template group<S>(
           c, [&](int b, typename S::U8x64 v) __attribute__((always_inline)) {
@@ -221,58 +247,57 @@ class AmxGemm {
     }
   }
 
+  void expand_floats(int i, typename F::Cursor& c, int64_t d, int64_t depth) {
+    const int64_t pairs = inputs_in(d, depth) / 2;
+    uint8_t* p = s_.b[i][0];
+    for (int64_t j = 0; j < pairs; ++j) {
+      typename S::F32x16 even, odd;
+      F::template pair<S>(c, even, odd);
+      S::store_u8(p + 64 * j, S::join_bf16(even, odd));
+    }
+    __builtin_memset(p + 64 * pairs, 0, static_cast<size_t>(depth * kTileBytes - 64 * pairs));
+  }
+
   // ---- blocks of rows
 
   template <int RowTiles, int Strips>
   void multiply(int64_t block, int64_t d, int64_t depth, const Weights& w) {
     const uint8_t* a = s_.a[2 * (block * count_ + d)];
     const bool fresh = k_ + d == 0;
-    if constexpr (F::kGroup == 0)
-      multiply_floats<RowTiles, Strips>(s_.sums[block], a, w, block, depth, fresh);
+    if constexpr (kFloats || kRowScale)
+      multiply_long<RowTiles, Strips>(s_.sums[block], a, w, block, depth, fresh);
     else
       multiply_groups<RowTiles, Strips>(s_.sums[block], a, block, d, groups_in(d, depth), fresh);
   }
 
+  // Sums that stay in registers.
   template <int RowTiles, int Strips>
-  void multiply_floats(float (*c)[2][16][16], const uint8_t* a, const Weights& w, int64_t block,
-                       int64_t depth, bool fresh) {
-    fresh ? zero_tiles<RowTiles, Strips>() : load_tiles<RowTiles, Strips>(c);
+  void multiply_long(float (*c)[2][16][16], const uint8_t* a, const Weights& w, int64_t block,
+                     int64_t depth, bool fresh) {
+    const Block<RowTiles, Strips> sums{tiles_};
+    fresh ? sums.zero() : sums.load(c);
     for (int64_t t = 0; t < depth; ++t) {
-      load_a<RowTiles>(a + 2 * kTileBytes * t);
-      tiles_.template load<6>(w.tiles[0] + kTileBytes * t, 64);
-      tiles_.template dot_bf16<0, 4, 6>();
-      if constexpr (RowTiles > 1) tiles_.template dot_bf16<2, 5, 6>();
-      if constexpr (Strips > 1) {
-        tiles_.template load<7>(w.tiles[1] + kTileBytes * t, 64);
-        tiles_.template dot_bf16<1, 4, 7>();
-        if constexpr (RowTiles > 1) tiles_.template dot_bf16<3, 5, 7>();
-      }
+      sums.step(a + 2 * kTileBytes * t, w.tiles[0] + kTileBytes * t, w.tiles[1] + kTileBytes * t);
       prefetch_sums(c + 2, t);
       prefetch_weights(w, block * kAmxDepth + t);
     }
-    store_tiles<RowTiles, Strips>(c);
+    sums.store(c);
   }
 
-  // Tile instructions of one group run beside the float steps of the group before.
+  // Sums of one group at a time. Tile instructions of one group run beside the float steps of the
+  // group before.
   template <int RowTiles, int Strips>
   void multiply_groups(float (*c)[2][16][16], const uint8_t* a, int64_t block, int64_t d,
                        int64_t groups, bool fresh) {
     if (fresh) __builtin_memset(c, 0, sizeof(s_.sums[0]));
     const int64_t first = (k_ + d) * kInputs / F::kGroup;
+    const Block<RowTiles, Strips> sums{tiles_};
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = g * F::kGroup;
-      const uint8_t* b = s_.b[0][0] + at * kStrip;
-      zero_tiles<RowTiles, Strips>();
-      load_a<RowTiles>(a + at / 64 * 2 * kTileBytes + at % 64);
-      tiles_.template load<6>(b, 64);
-      tiles_.template dot_s8_s8<0, 4, 6>();
-      if constexpr (RowTiles > 1) tiles_.template dot_s8_s8<2, 5, 6>();
-      if constexpr (Strips > 1) {
-        tiles_.template load<7>(b + sizeof(s_.b[0]), 64);
-        tiles_.template dot_s8_s8<1, 4, 7>();
-        if constexpr (RowTiles > 1) tiles_.template dot_s8_s8<3, 5, 7>();
-      }
-      store_tiles<RowTiles, Strips>(s_.dots[g % 2]);
+      sums.zero();
+      for (int64_t at = g * F::kGroup; at < (g + 1) * F::kGroup; at += kStepBytes)
+        sums.step(a + at / 64 * 2 * kTileBytes + at % 64, s_.b[0][0] + at * kStrip,
+                  s_.b[1][0] + at * kStrip);
+      sums.store(s_.dots[g % 2]);
       if (g > 0) add_dots<Strips>(c, s_.dots[(g - 1) % 2], block, first, g - 1);
     }
     add_dots<Strips>(c, s_.dots[(groups - 1) % 2], block, first, groups - 1);
@@ -289,55 +314,23 @@ class AmxGemm {
       const int lanes = x.rows_in(row / kRowBlock);
       const int64_t at = row * all + (first + g) * lanes;
       for (int i = 0; i < Strips; ++i) {
-        float(*sums)[16] = c[r / 16][i] + r % 16;
-        const int32_t(*dot)[16] = dots[r / 16][i] + r % 16;
+        const auto sw = S::load(s_.scales[i][g]);
+        auto mw = sw;
+        if constexpr (F::kHasMin) mw = S::load(s_.minima[i][g]);
+        const auto add = [&](int lane) __attribute__((always_inline)) {
+          float* sums = c[r / 16][i][r % 16 + lane];
+          const auto dot = S::load_i32(dots[r / 16][i][r % 16 + lane]);
+          S::store(sums, add_group<S, F>(S::load(sums), dot, sw, mw, x.scale[at + lane],
+                                         x.sum[at + lane]));
+        };
         if (lanes == kRowBlock) {
 #pragma GCC unroll 8
-          for (int lane = 0; lane < kRowBlock; ++lane)
-            add_row(sums[lane], dot[lane], i, g, x.scale[at + lane], x.sum[at + lane]);
+          for (int lane = 0; lane < kRowBlock; ++lane) add(lane);
         } else {
-          for (int lane = 0; lane < lanes; ++lane)
-            add_row(sums[lane], dot[lane], i, g, x.scale[at + lane], x.sum[at + lane]);
+          for (int lane = 0; lane < lanes; ++lane) add(lane);
         }
       }
     }
-  }
-
-  LW_INLINE void add_row(float* sums, const int32_t* dot, int strip, int64_t g, float sx,
-                         int32_t sumx) {
-    const auto sw = S::load(s_.scales[strip][g]);
-    auto mw = sw;
-    if constexpr (F::kHasMin) mw = S::load(s_.minima[strip][g]);
-    S::store(sums, add_group<S, F>(S::load(sums), S::load_i32(dot), sw, mw, sx, sumx));
-  }
-
-  // ---- tiles: C are 0 (rows 0..15, first strip), 1 (second strip), 2 and 3 (rows 16..31)
-
-  template <int RowTiles>
-  LW_INLINE void load_a(const uint8_t* a) {
-    tiles_.template load_once<4>(a, 64);
-    if constexpr (RowTiles > 1) tiles_.template load_once<5>(a + kTileBytes, 64);
-  }
-  template <int RowTiles, int Strips>
-  LW_INLINE void zero_tiles() {
-    tiles_.template zero<0>();
-    if constexpr (Strips > 1) tiles_.template zero<1>();
-    if constexpr (RowTiles > 1) tiles_.template zero<2>();
-    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template zero<3>();
-  }
-  template <int RowTiles, int Strips, class T>
-  LW_INLINE void load_tiles(T (*c)[2][16][16]) {
-    tiles_.template load<0>(c[0][0], 64);
-    if constexpr (Strips > 1) tiles_.template load<1>(c[0][1], 64);
-    if constexpr (RowTiles > 1) tiles_.template load<2>(c[1][0], 64);
-    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template load<3>(c[1][1], 64);
-  }
-  template <int RowTiles, int Strips, class T>
-  LW_INLINE void store_tiles(T (*c)[2][16][16]) {
-    tiles_.template store<0>(c[0][0], 64);
-    if constexpr (Strips > 1) tiles_.template store<1>(c[0][1], 64);
-    if constexpr (RowTiles > 1) tiles_.template store<2>(c[1][0], 64);
-    if constexpr (RowTiles > 1 && Strips > 1) tiles_.template store<3>(c[1][1], 64);
   }
 
   // The next block's 4 KB of sums, a sixteenth per step, to L1.

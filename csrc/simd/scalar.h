@@ -202,6 +202,15 @@ struct Scalar {
       p[i] = static_cast<uint16_t>((nan ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
     }
   }
+  // The block of bf16 pairs of which these are `bf16_even` and `bf16_odd`.
+  static LW_INLINE U8x64 join_bf16(F32x16 even, F32x16 odd) {
+    U8x64 r;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t pair = f32_bits(even.v[i]) >> 16 | f32_bits(odd.v[i]);
+      std::memcpy(r.v + 4 * i, &pair, 4);
+    }
+    return r;
+  }
   // Dwords `[16][8]` to 8 rows of 64 bytes, `[8][16]`.
   static LW_INLINE void transpose_16x8(uint8_t* to, const uint8_t* from) {
     for (int r = 0; r < 8; ++r)
