@@ -21,6 +21,18 @@ inline TileShapes block_shapes(int64_t step_bytes) {
   return s;
 }
 
+// Where the sums of a block lie: `stride` from row to row, `down` to the tile of the next 16 rows,
+// `right` to that of the second strip, all in floats.
+struct TilePlace {
+  float* p;
+  int64_t stride, down, right;
+
+  LW_INLINE float* tile(int i, int strip) const { return p + i * down + strip * right; }
+  LW_INLINE float* row(int64_t r, int strip) const {
+    return p + r / 16 * down + r % 16 * stride + strip * right;
+  }
+};
+
 template <class Tiles, TileDot Dot, int RowTiles, int Strips>
 struct TileBlock {
   Tiles& t;
@@ -31,19 +43,19 @@ struct TileBlock {
     if constexpr (RowTiles > 1) t.template zero<2>();
     if constexpr (RowTiles > 1 && Strips > 1) t.template zero<3>();
   }
-  template <class T>
-  LW_INLINE void load(T (*c)[2][16][16]) const {
-    t.template load<0>(c[0][0], 64);
-    if constexpr (Strips > 1) t.template load<1>(c[0][1], 64);
-    if constexpr (RowTiles > 1) t.template load<2>(c[1][0], 64);
-    if constexpr (RowTiles > 1 && Strips > 1) t.template load<3>(c[1][1], 64);
+  LW_INLINE void load(const TilePlace& c) const {
+    const int64_t stride = 4 * c.stride;
+    t.template load<0>(c.tile(0, 0), stride);
+    if constexpr (Strips > 1) t.template load<1>(c.tile(0, 1), stride);
+    if constexpr (RowTiles > 1) t.template load<2>(c.tile(1, 0), stride);
+    if constexpr (RowTiles > 1 && Strips > 1) t.template load<3>(c.tile(1, 1), stride);
   }
-  template <class T>
-  LW_INLINE void store(T (*c)[2][16][16]) const {
-    t.template store<0>(c[0][0], 64);
-    if constexpr (Strips > 1) t.template store<1>(c[0][1], 64);
-    if constexpr (RowTiles > 1) t.template store<2>(c[1][0], 64);
-    if constexpr (RowTiles > 1 && Strips > 1) t.template store<3>(c[1][1], 64);
+  LW_INLINE void store(const TilePlace& c) const {
+    const int64_t stride = 4 * c.stride;
+    t.template store<0>(c.tile(0, 0), stride);
+    if constexpr (Strips > 1) t.template store<1>(c.tile(0, 1), stride);
+    if constexpr (RowTiles > 1) t.template store<2>(c.tile(1, 0), stride);
+    if constexpr (RowTiles > 1 && Strips > 1) t.template store<3>(c.tile(1, 1), stride);
   }
   // a: two tiles of rows, from L2 and not worth a place in L1; b0, b1: a tile of each strip, in L1.
   LW_INLINE void step(const uint8_t* a, const uint8_t* b0, const uint8_t* b1) const {

@@ -46,13 +46,13 @@ constexpr bool has_row_scale() {
 // The caller's scratch, cut up.
 template <class F>
 struct AmxScratch {
-  // [16 rows][strip] of a block of rows; with one scale per row these are the bits of int32.
+  // [16 rows][strip] of a block of rows. Where sums are integers these are their bits.
   using Sums = float[2][2][16][16];
 
   alignas(64) uint8_t a[kAmxTiles][kTileBytes];        // 1 MB
   alignas(64) uint8_t b[2][kAmxDepth][kTileBytes];     // 32 KB
   alignas(64) Sums sums[kAmxRows / kBlockRows];        // 64 KB
-  alignas(64) int32_t dots[2][2][2][16][16];           // of this step and the one before
+  alignas(64) Sums dots[2];                            // int32, of this step and the one before
   alignas(64) float scales[2][kAmxDepth * 2][kStrip];  // of the weights in `b`
   alignas(64) float minima[2][kAmxDepth * 2][kStrip];
   alignas(64) float kept[kAmxRows][kKeptStrips][kStrip];  // 512 KB
@@ -93,6 +93,19 @@ class AmxGemm {
   template <int RowTiles, int Strips>
   using Block = TileBlock<Tiles, kDot, RowTiles, Strips>;
 
+  // Up to 16 k-tiles of a panel.
+  struct Part {
+    int64_t s, d, depth;  // first strip; first k-tile in the chunk and how many
+    bool waited;          // the sums so far wait where the last chunk left them
+    bool leaves;          // the chunk ends here
+    bool ends;            // the sums end here
+  };
+
+  struct Weights {
+    const uint8_t* tiles[2];  // of each strip
+    const uint8_t* next[2];   // what will be read after them, or null
+  };
+
   // ---- rows, chunks of inputs, panels of outputs
 
   void run_rows() {
@@ -101,8 +114,8 @@ class AmxGemm {
     const int64_t fit = kAmxTiles / (2 * blocks_) / kAmxDepth * kAmxDepth;
     const int64_t chunks = (tiles_k_ + fit - 1) / fit;
     const int64_t step = round_up((tiles_k_ + chunks - 1) / chunks, kAmxDepth);
-    in_scratch_ = a_.accumulate && chunks > 1;
-    const int64_t strips = in_scratch_ ? kKeptStrips : kAmxStrips;
+    in_kept_ = a_.accumulate && chunks > 1;
+    const int64_t strips = in_kept_ ? kKeptStrips : kAmxStrips;
     for (int64_t s = a_.strip_begin; s < a_.strip_end; s += strips)
       run_strips(s, s + strips < a_.strip_end ? s + strips : a_.strip_end, step);
   }
@@ -126,53 +139,70 @@ class AmxGemm {
   // Strips s.. (one or two) times the chunk.
   template <int Strips>
   void run_panel(int64_t s) {
-    if (k_ > 0)
-      move_sums<Strips>(s, [&](float* y, int64_t n, float* sum) {
-        S::store(sum, n < kStrip ? S::load_n(y, n) : S::load(y));
-      });
     for (int64_t d = 0; d < count_; d += kAmxDepth) {
       const int64_t depth = kAmxDepth < count_ - d ? kAmxDepth : count_ - d;
-      Weights w = weights<Strips>(s, d, depth);
+      const Part part{
+          s, d, depth, d == 0 && k_ > 0, d + depth == count_, k_ + d + depth == tiles_k_};
+      const Weights w = weights<Strips>(s, d, depth);
       for (int64_t block = 0; block < blocks_; ++block) {
         if (rows_ - block * kBlockRows > 16)
-          multiply<2, Strips>(block, d, depth, w);
+          run_block<2, Strips>(block, part, w);
         else
-          multiply<1, Strips>(block, d, depth, w);
+          run_block<1, Strips>(block, part, w);
       }
     }
-    if (k_ + count_ < tiles_k_)
-      move_sums<Strips>(s, [&](float* y, int64_t n, const float* sum) {
+  }
+
+  // ---- a block of rows, and where its sums come from and go to
+
+  template <int RowTiles, int Strips>
+  void run_block(int64_t block, const Part& part, const Weights& w) {
+    const TilePlace here = in_scratch(block), there = waiting(block, part.s);
+    // Whole tiles come and go without a stop in scratch, results of floats into y itself.
+    const bool whole = in_kept_ || (rows_ - block * kBlockRows >= 16 * RowTiles &&
+                                    a_.w->n >= (part.s + Strips) * kStrip);
+    const bool straight = whole && (!part.ends || (kFloats && !a_.bias && !a_.accumulate));
+    if (part.waited && !whole)
+      copy_waiting<Strips>(block, part.s, [](float* y, float* sum, int64_t n) {
+        S::store(sum, n < kStrip ? S::load_n(y, n) : S::load(y));
+      });
+    multiply<RowTiles, Strips>(block, part, w, part.waited && whole ? there : here,
+                               part.leaves && straight ? there : here);
+    if (part.ends && !straight)
+      write_block<Strips>(block, part.s);
+    else if (part.leaves && !straight)
+      copy_waiting<Strips>(block, part.s, [](float* y, float* sum, int64_t n) {
         n < kStrip ? S::store_n(y, S::load(sum), n) : S::store(y, S::load(sum));
       });
-    else
-      write_sums<Strips>(s);
   }
 
-  // ---- sums between chunks and at the end
+  TilePlace in_scratch(int64_t block) { return {s_.sums[block][0][0][0], 16, 2 * 256, 256}; }
 
-  float* sums_of(int64_t row, int i) {
-    return s_.sums[row / kBlockRows][row % kBlockRows / 16][i][row % 16];
+  // Between chunks: y, or scratch if y is to be added to.
+  TilePlace waiting(int64_t block, int64_t s) {
+    const int64_t row = block * kBlockRows;
+    if (in_kept_)
+      return {s_.kept[row][s - begin_], kKeptStrips * kStrip, 16 * kKeptStrips * kStrip, kStrip};
+    return {a_.y + (first_ + row) * a_.ldy + s * kStrip, a_.ldy, 16 * a_.ldy, kStrip};
   }
 
-  // f(where they wait, how many of 16 there are, the panel's sums) for every row and strip.
-  template <int Strips, class Move>
-  void move_sums(int64_t s, Move move) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      for (int i = 0; i < Strips; ++i) {
-        if (in_scratch_)
-          move(s_.kept[r][s + i - begin_], kStrip, sums_of(r, i));
-        else
-          move(a_.y + (first_ + r) * a_.ldy + (s + i) * kStrip, a_.w->n - (s + i) * kStrip,
-               sums_of(r, i));
-      }
-    }
+  // f(place in y, place in scratch, how many of 16 outputs there are) for what there is of a block.
+  template <int Strips, class Copy>
+  void copy_waiting(int64_t block, int64_t s, Copy copy) {
+    const TilePlace here = in_scratch(block), there = waiting(block, s);
+    for (int64_t r = 0; r < kBlockRows && block * kBlockRows + r < rows_; ++r)
+      for (int i = 0; i < Strips; ++i)
+        copy(there.row(r, i), here.row(r, i), a_.w->n - (s + i) * kStrip);
   }
 
   template <int Strips>
-  void write_sums(int64_t s) {
-    for (int64_t r = 0; r < rows_; ++r)
+  void write_block(int64_t block, int64_t s) {
+    const TilePlace here = in_scratch(block);
+    for (int64_t r = 0; r < kBlockRows && block * kBlockRows + r < rows_; ++r) {
+      const int64_t row = first_ + block * kBlockRows + r;
       for (int i = 0; i < Strips; ++i)
-        write_outputs<S>(a_, s + i, first_ + r, output(s + i, first_ + r, sums_of(r, i)));
+        write_outputs<S>(a_, s + i, row, output(s + i, row, here.row(r, i)));
+    }
   }
 
   typename S::F32x16 output(int64_t strip, int64_t row, const float* sums) const {
@@ -181,19 +211,12 @@ class AmxGemm {
     } else {
       const Rows& x = *a_.x;
       const int32_t zero = kLiesInTiles<F> ? -F::kZeroPoint * x.sum[row] : 0;
-      alignas(64) int32_t dot[16];
-      __builtin_memcpy(dot, sums, sizeof(dot));
-      return scale_row<S, F>(S::add_i32(S::load_i32(dot), S::set1_i32(zero)),
+      return scale_row<S, F>(S::add_i32(S::bits_i32(S::load(sums)), S::set1_i32(zero)),
                              F::template scale<S>(F::open(*a_.w, strip)), x.scale[row]);
     }
   }
 
   // ---- weights
-
-  struct Weights {
-    const uint8_t* tiles[2];  // of each strip
-    const uint8_t* next[2];   // what will be read after them, or null
-  };
 
   template <int Strips>
   Weights weights(int64_t s, int64_t d, int64_t depth) {
@@ -258,70 +281,79 @@ class AmxGemm {
     __builtin_memset(p + 64 * pairs, 0, static_cast<size_t>(depth * kTileBytes - 64 * pairs));
   }
 
-  // ---- blocks of rows
+  // ---- multiplying: from the sums at `from` to those at `to`
 
   template <int RowTiles, int Strips>
-  void multiply(int64_t block, int64_t d, int64_t depth, const Weights& w) {
-    const uint8_t* a = s_.a[2 * (block * count_ + d)];
-    const bool fresh = k_ + d == 0;
+  void multiply(int64_t block, const Part& part, const Weights& w, const TilePlace& from,
+                const TilePlace& to) {
+    const uint8_t* a = s_.a[2 * (block * count_ + part.d)];
     if constexpr (kFloats || kRowScale)
-      multiply_long<RowTiles, Strips>(s_.sums[block], a, w, block, depth, fresh);
+      multiply_long<RowTiles, Strips>(a, block, part, w, from, to);
     else
-      multiply_groups<RowTiles, Strips>(s_.sums[block], a, block, d, groups_in(d, depth), fresh);
+      multiply_groups<RowTiles, Strips>(a, block, part, from, to);
   }
 
   // Sums that stay in registers.
   template <int RowTiles, int Strips>
-  void multiply_long(float (*c)[2][16][16], const uint8_t* a, const Weights& w, int64_t block,
-                     int64_t depth, bool fresh) {
+  void multiply_long(const uint8_t* a, int64_t block, const Part& part, const Weights& w,
+                     const TilePlace& from, const TilePlace& to) {
     const Block<RowTiles, Strips> sums{tiles_};
-    fresh ? sums.zero() : sums.load(c);
-    for (int64_t t = 0; t < depth; ++t) {
+    k_ + part.d == 0 ? sums.zero() : sums.load(from);
+    for (int64_t t = 0; t < part.depth; ++t) {
       sums.step(a + 2 * kTileBytes * t, w.tiles[0] + kTileBytes * t, w.tiles[1] + kTileBytes * t);
-      prefetch_sums(c + 2, t);
+      prefetch_block(from, to, t);
       prefetch_weights(w, block * kAmxDepth + t);
     }
-    sums.store(c);
+    sums.store(to);
   }
 
   // Sums of one group at a time. Tile instructions of one group run beside the float steps of the
   // group before.
   template <int RowTiles, int Strips>
-  void multiply_groups(float (*c)[2][16][16], const uint8_t* a, int64_t block, int64_t d,
-                       int64_t groups, bool fresh) {
-    if (fresh) __builtin_memset(c, 0, sizeof(s_.sums[0]));
-    const int64_t first = (k_ + d) * kInputs / F::kGroup;
+  void multiply_groups(const uint8_t* a, int64_t block, const Part& part, const TilePlace& from,
+                       const TilePlace& to) {
+    const TilePlace here = in_scratch(block);
+    if (k_ + part.d == 0) __builtin_memset(here.p, 0, sizeof(s_.sums[0]));
+    const int64_t groups = groups_in(part.d, part.depth);
+    const int64_t first = (k_ + part.d) * kInputs / F::kGroup;
     const Block<RowTiles, Strips> sums{tiles_};
     for (int64_t g = 0; g < groups; ++g) {
       sums.zero();
       for (int64_t at = g * F::kGroup; at < (g + 1) * F::kGroup; at += kStepBytes)
         sums.step(a + at / 64 * 2 * kTileBytes + at % 64, s_.b[0][0] + at * kStrip,
                   s_.b[1][0] + at * kStrip);
-      sums.store(s_.dots[g % 2]);
-      if (g > 0) add_dots<Strips>(c, s_.dots[(g - 1) % 2], block, first, g - 1);
+      sums.store(dots(g));
+      if (g < kAmxDepth) prefetch_block(from, to, g);
+      if (g > 0) add_dots<Strips>(block, first, g - 1, g == 1 ? from : here, here);
     }
-    add_dots<Strips>(c, s_.dots[(groups - 1) % 2], block, first, groups - 1);
+    add_dots<Strips>(block, first, groups - 1, groups == 1 ? from : here, to);
   }
 
-  // The exact sums of group `first` + g onto c: rows of the block that there are.
+  // The integer sums of group g.
+  TilePlace dots(int64_t g) { return {s_.dots[g % 2][0][0][0], 16, 2 * 256, 256}; }
+
+  // The exact sums of group `first` + g: rows of the block that there are.
   template <int Strips>
-  void add_dots(float (*c)[2][16][16], int32_t (*dots)[2][16][16], int64_t block, int64_t first,
-                int64_t g) {
+  void add_dots(int64_t block, int64_t first, int64_t g, const TilePlace& from,
+                const TilePlace& to) {
     const Rows& x = *a_.x;
+    const TilePlace dot = dots(g);
     const int64_t all = x.k_pad / F::kGroup, end = rows_ - block * kBlockRows;
     for (int64_t r = 0; r < kBlockRows && r < end; r += kRowBlock) {
       const int64_t row = first_ + block * kBlockRows + r;
       const int lanes = x.rows_in(row / kRowBlock);
-      const int64_t at = row * all + (first + g) * lanes;
+      const float* sx = x.scale + row * all + (first + g) * lanes;
+      const int32_t* sumx = x.sum + row * all + (first + g) * lanes;
       for (int i = 0; i < Strips; ++i) {
         const auto sw = S::load(s_.scales[i][g]);
         auto mw = sw;
         if constexpr (F::kHasMin) mw = S::load(s_.minima[i][g]);
+        const float *p = from.row(r, i), *d = dot.row(r, i);
+        float* q = to.row(r, i);
         const auto add = [&](int lane) __attribute__((always_inline)) {
-          float* sums = c[r / 16][i][r % 16 + lane];
-          const auto dot = S::load_i32(dots[r / 16][i][r % 16 + lane]);
-          S::store(sums, add_group<S, F>(S::load(sums), dot, sw, mw, x.scale[at + lane],
-                                         x.sum[at + lane]));
+          S::store(q + lane * to.stride, add_group<S, F>(S::load(p + lane * from.stride),
+                                                         S::bits_i32(S::load(d + lane * 16)), sw,
+                                                         mw, sx[lane], sumx[lane]));
         };
         if (lanes == kRowBlock) {
 #pragma GCC unroll 8
@@ -333,10 +365,16 @@ class AmxGemm {
     }
   }
 
-  // The next block's 4 KB of sums, a sixteenth per step, to L1.
-  static LW_INLINE void prefetch_sums(const void* next, int64_t step) {
-    const auto* p = static_cast<const uint8_t*>(next) + step * 256;
-    for (int line = 0; line < 4; ++line) S::prefetch_t0(p + 64 * line);
+  // A sixteenth of the sums of the next block to L1: two rows of both strips, where they come from
+  // and where they will go.
+  static LW_INLINE void prefetch_block(const TilePlace& from, const TilePlace& to, int64_t step) {
+    for (int64_t r = kBlockRows + 2 * step; r < kBlockRows + 2 * step + 2; ++r) {
+      S::prefetch_t0(from.row(r, 0));
+      S::prefetch_t0(from.row(r, 1));
+      if (to.p == from.p) continue;
+      S::prefetch_t0(to.row(r, 0));
+      S::prefetch_t0(to.row(r, 1));
+    }
   }
 
   // The next 16 KB of each strip to L2, shared out over all steps of all blocks of rows.
@@ -357,7 +395,7 @@ class AmxGemm {
   int64_t begin_ = 0, end_ = 0;                // strips whose cursors are in scratch
   int64_t tiles_k_ = 0;                        // k-tiles in all
   int64_t k_ = 0, count_ = 0;                  // k-tiles of this chunk
-  bool in_scratch_ = false;                    // where sums wait between chunks
+  bool in_kept_ = false;                       // where sums wait between chunks: there, or y
 };
 
 }  // namespace

@@ -128,6 +128,7 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   }
+  static LW_INLINE I32x16 bits_i32(F32x16 a) { return {_mm512_castps_si512(a)}; }
   static LW_INLINE U8x64 join_bf16(F32x16 even, F32x16 odd) {
     return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
                             _mm512_castps_si512(odd))};

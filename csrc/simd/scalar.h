@@ -202,6 +202,10 @@ struct Scalar {
       p[i] = static_cast<uint16_t>((nan ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
     }
   }
+  // The same bits.
+  static LW_INLINE I32x16 bits_i32(F32x16 a) {
+    return map_i32([&](int i) { return static_cast<int32_t>(f32_bits(a.v[i])); });
+  }
   // The block of bf16 pairs of which these are `bf16_even` and `bf16_odd`.
   static LW_INLINE U8x64 join_bf16(F32x16 even, F32x16 odd) {
     U8x64 r;
