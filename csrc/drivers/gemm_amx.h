@@ -21,9 +21,9 @@
 namespace lacewing {
 namespace {
 
-inline constexpr int64_t kAmxDepth = 16;     // k-tiles of weights at once
-inline constexpr int64_t kAmxStrips = 1024;  // strips whose cursors are in scratch at once
-inline constexpr int64_t kKeptStrips = 16;   // strips whose sums are, between chunks
+inline constexpr int64_t kAmxDepth = 16;      // k-tiles of weights at once
+inline constexpr int64_t kAmxStrips = 1024;   // strips whose cursors are in scratch at once
+inline constexpr int64_t kKept = 200 * 1024;  // sums that are in scratch between chunks
 
 // Whether the tiles of a strip lie in its bytes just as they are multiplied.
 template <class F>
@@ -55,7 +55,7 @@ struct AmxScratch {
   alignas(64) Sums dots[2];                            // int32, of this step and the one before
   alignas(64) float scales[2][kAmxDepth * 2][kStrip];  // of the weights in `b`
   alignas(64) float minima[2][kAmxDepth * 2][kStrip];
-  alignas(64) float kept[kAmxRows][kKeptStrips][kStrip];  // 512 KB
+  alignas(64) float kept[kKept];  // 800 KB
   typename F::Cursor cursors[kAmxStrips];
 };
 
@@ -72,9 +72,13 @@ class AmxGemm {
   // hundred cycles; one k-tile of one block of rows takes 66.
   void run() {
     tiles_.configure(block_shapes(kStepBytes));
-    for (int64_t r = 0; r < a_.x->m; r += kAmxRows) {
+    const int64_t m = a_.x->m, deep = chunk_tiles(kAmxRows < m ? kAmxRows : m);
+    tiles_k_ = (a_.x->k_pad + kInputs - 1) / kInputs;
+    // Sums that wait in scratch need it: with half the rows, activations are packed half as often.
+    const int64_t rows = a_.accumulate && tiles_k_ > deep ? kAmxRows / 2 : kAmxRows;
+    for (int64_t r = 0; r < m; r += rows) {
       first_ = r;
-      rows_ = kAmxRows < a_.x->m - r ? kAmxRows : a_.x->m - r;
+      rows_ = rows < m - r ? rows : m - r;
       run_rows();
     }
     tiles_.release();
@@ -108,14 +112,18 @@ class AmxGemm {
 
   // ---- rows, chunks of inputs, panels of outputs
 
+  // K-tiles of so many rows that fit into the packed activations.
+  static int64_t chunk_tiles(int64_t rows) {
+    return kAmxTiles / (2 * ((rows + kBlockRows - 1) / kBlockRows)) / kAmxDepth * kAmxDepth;
+  }
+
   void run_rows() {
     blocks_ = (rows_ + kBlockRows - 1) / kBlockRows;
-    tiles_k_ = (a_.x->k_pad + kInputs - 1) / kInputs;
-    const int64_t fit = kAmxTiles / (2 * blocks_) / kAmxDepth * kAmxDepth;
-    const int64_t chunks = (tiles_k_ + fit - 1) / fit;
+    const int64_t fit = chunk_tiles(rows_), chunks = (tiles_k_ + fit - 1) / fit;
     const int64_t step = round_up((tiles_k_ + chunks - 1) / chunks, kAmxDepth);
     in_kept_ = a_.accumulate && chunks > 1;
-    const int64_t strips = in_kept_ ? kKeptStrips : kAmxStrips;
+    kept_strips_ = kKept / (blocks_ * kBlockRows * kStrip);
+    const int64_t strips = in_kept_ && kept_strips_ < kAmxStrips ? kept_strips_ : kAmxStrips;
     for (int64_t s = a_.strip_begin; s < a_.strip_end; s += strips)
       run_strips(s, s + strips < a_.strip_end ? s + strips : a_.strip_end, step);
   }
@@ -181,8 +189,10 @@ class AmxGemm {
   // Between chunks: y, or scratch if y is to be added to.
   TilePlace waiting(int64_t block, int64_t s) {
     const int64_t row = block * kBlockRows;
-    if (in_kept_)
-      return {s_.kept[row][s - begin_], kKeptStrips * kStrip, 16 * kKeptStrips * kStrip, kStrip};
+    if (in_kept_) {
+      const int64_t stride = kept_strips_ * kStrip;
+      return {s_.kept + row * stride + (s - begin_) * kStrip, stride, 16 * stride, kStrip};
+    }
     return {a_.y + (first_ + row) * a_.ldy + s * kStrip, a_.ldy, 16 * a_.ldy, kStrip};
   }
 
@@ -392,6 +402,7 @@ class AmxGemm {
   AmxScratch<F>& s_;
   Tiles tiles_;
   int64_t first_ = 0, rows_ = 0, blocks_ = 0;  // rows of this panel, and their blocks of 32
+  int64_t kept_strips_ = 0;                    // as many strips' sums fit into scratch
   int64_t begin_ = 0, end_ = 0;                // strips whose cursors are in scratch
   int64_t tiles_k_ = 0;                        // k-tiles in all
   int64_t k_ = 0, count_ = 0;                  // k-tiles of this chunk

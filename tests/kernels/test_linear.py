@@ -191,15 +191,18 @@ def test_large_prefill(isa: str) -> None:
         assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa)[rows], want), name
 
 
+# More strips, too, than wait in scratch at once.
+MANY_STRIPS = [("bf16", 260, 820, 2100), ("w8a8g64_sp", 260, 820, 4300)]
+
+
 @pytest.mark.parametrize(
-    ("name", "n"), [*((name, 40) for name in FORMATS), ("bf16", 300), ("w8a8g64_sp", 300)]
+    ("name", "m", "n", "k"), [*((name, 520, 40, 4200) for name in FORMATS), *MANY_STRIPS]
 )
-def test_sums_wait_between_chunks_of_inputs(isa: str, name: str, n: int) -> None:
+def test_sums_wait_between_chunks_of_inputs(isa: str, name: str, m: int, n: int, k: int) -> None:
     """More rows and inputs than any driver takes at once, written and added."""
-    m, k = 520, 4200
-    packed, x = random_packed(name, n, k), random_rows(520, k)
+    packed, x = random_packed(name, n, k), random_rows(m, k)
     bias, y = random_rows(1, n)[0], random_rows(m, n, seed=1)
-    rows = [*range(9), 31, 32, 127, 128, 511, 512, 519]
+    rows = [*range(9), 31, 32, 127, 128, 255, 256, m - 9, m - 8, m - 1]
     want = whole(name, x[rows], packed, isa, bias)
     got = _C.linear(x, tensor_of(packed), bias, isa=isa)
     assert np.array_equal(got[rows], want)
