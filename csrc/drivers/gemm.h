@@ -14,20 +14,30 @@ inline constexpr int64_t kRowPanel = 128;  // rows; a multiple of kRowBlock
 inline constexpr int64_t kStripPanel = 8;  // strips whose sums are in scratch at once
 inline constexpr int64_t kDepth = 512;     // inputs decoded at once
 inline constexpr int64_t kFloatDepth = 256;
+inline constexpr int kMaxPanelStrips = 2;
 
-// The caller's scratch, cut up.
-struct GemmScratch {
-  alignas(64) float sums[kStripPanel][kRowPanel][kStrip];  // 64 KB
-  alignas(64) uint8_t x[kRowPanel * kDepth * 2];           // 128 KB
-  alignas(64) uint8_t codes[kDepth / 4 * 128];             // 16 KB
+using Sums = float[kRowPanel][kStrip];  // of one strip
+
+// A depth of one strip, decoded.
+struct Panel {
+  alignas(64) uint8_t codes[kDepth / 4 * 128];  // 16 KB, half of it where a block is 64 bytes
   alignas(64) float scales[kDepth / 32][kStrip];
   alignas(64) float minima[kDepth / 32][kStrip];
 };
+
+// The caller's scratch, cut up.
+struct GemmScratch {
+  alignas(64) Sums sums[kStripPanel];             // 64 KB
+  alignas(64) uint8_t x[kRowPanel * kDepth * 2];  // 128 KB
+  Panel panels[kMaxPanelStrips];
+};
 static_assert(sizeof(GemmScratch) <= kLinearScratch);
 
+using Values = float[kFloatDepth / 2][kStrip];
+
 struct FloatScratch {
-  alignas(64) float sums[2][kStripPanel][kRowPanel][kStrip];  // even and odd chains, 128 KB
-  alignas(64) float values[2][kFloatDepth / 2][kStrip];       // 16 KB
+  alignas(64) Sums sums[2][kStripPanel];           // even and odd chains, 128 KB
+  alignas(64) Values values[kMaxPanelStrips * 2];  // 32 KB: [chain][strip]
 };
 static_assert(sizeof(FloatScratch) <= kLinearScratch);
 
@@ -43,12 +53,12 @@ LW_INLINE int64_t even_depth(int64_t k_pad, int64_t limit, int64_t unit) {
 
 // `groups` groups of the strip at the cursor into the panel.
 template <class S, class F>
-void fill_panel(GemmScratch& t, typename F::Cursor& c, int64_t groups) {
+void fill_panel(Panel& panel, typename F::Cursor& c, int64_t groups) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
-  uint8_t* p = t.codes;
+  uint8_t* p = panel.codes;
   for (int64_t j = 0; j < groups; ++j) {
-    S::store(t.scales[j], F::template scale<S>(c));
-    if constexpr (F::kHasMin) S::store(t.minima[j], F::template minimum<S>(c));
+    S::store(panel.scales[j], F::template scale<S>(c));
+    if constexpr (F::kHasMin) S::store(panel.minima[j], F::template minimum<S>(c));
     F::template group<S>(
         c, [&](int b, typename S::U8x64 w)
                __attribute__((always_inline)) { Dot::prepare(p + b * Dot::kBlockBytes, w); });
@@ -56,70 +66,112 @@ void fill_panel(GemmScratch& t, typename F::Cursor& c, int64_t groups) {
   }
 }
 
-// R of the `lanes` rows of a block times the panel, onto their sums.
-template <class S, class F, int R>
-__attribute__((noinline)) void multiply_panel(const GemmScratch& t, int64_t groups,
-                                              const uint8_t* x, const float* sx,
-                                              const int32_t* sumx, int lanes,
-                                              float (*sums)[kStrip]) {
+// What a row block has in common for all strips: `lanes` rows interleaved, from one of them on.
+struct PanelRows {
+  const uint8_t* x;
+  const float* scale;
+  const int32_t* sum;
+  int lanes;
+};
+
+// R of the rows of a block times the panels of T strips, onto their sums: a broadcast of x serves T
+// products, a load of codes R.
+template <class S, class F, int T, int R>
+__attribute__((noinline)) void multiply_panel(const Panel* panels, int64_t groups, PanelRows rows,
+                                              Sums* sums, int64_t row) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   constexpr int kBlocks = F::kGroup / 4;
   constexpr int kRun = kBlocks < Dot::kSteps ? kBlocks : Dot::kSteps;
-  const uint8_t* w = t.codes;
+  const uint8_t* w = panels[0].codes;
+  constexpr int64_t kNext = sizeof(Panel);  // from one strip's codes to the next one's
   for (int64_t j = 0; j < groups; ++j) {
-    typename Dot::Acc dot[R];
+    typename Dot::Acc dot[T][R];
+#pragma GCC unroll 2
+    for (int i = 0; i < T; ++i)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) dot[r] = Dot::init(sumx[r]);
+      for (int r = 0; r < R; ++r) dot[i][r] = Dot::init(rows.sum[r]);
     for (int run = 0; run < kBlocks; run += kRun) {
 #pragma GCC unroll 2
       for (int b = 0; b < kRun; ++b) {
 #pragma GCC unroll 2
         for (int part = 0; part < Dot::kXBytes; part += 4) {
-          const auto block = S::load_u8(w);
+          typename S::U8x64 block[T];
+#pragma GCC unroll 2
+          for (int i = 0; i < T; ++i) block[i] = S::load_u8(w + i * kNext);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) Dot::step(dot[r], block, x + r * Dot::kXBytes + part);
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int i = 0; i < T; ++i)
+              Dot::step(dot[i][r], block[i], rows.x + r * Dot::kXBytes + part);
           w += 64;
         }
-        x += lanes * Dot::kXBytes;
+        rows.x += rows.lanes * Dot::kXBytes;
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < T; ++i)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) Dot::flush(dot[r]);
+        for (int r = 0; r < R; ++r) Dot::flush(dot[i][r]);
     }
-    const auto sw = S::load(t.scales[j]);
-    auto mw = sw;
-    if constexpr (F::kHasMin) mw = S::load(t.minima[j]);
+#pragma GCC unroll 2
+    for (int i = 0; i < T; ++i) {
+      const auto sw = S::load(panels[i].scales[j]);
+      auto mw = sw;
+      if constexpr (F::kHasMin) mw = S::load(panels[i].minima[j]);
+      float(*sum)[kStrip] = sums[i] + row;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      S::store(sums[r], add_group<S, F>(S::load(sums[r]), Dot::finish(dot[r], sumx[r]), sw, mw,
-                                        sx[r], sumx[r]));
-    sx += lanes;
-    sumx += lanes;
+      for (int r = 0; r < R; ++r)
+        S::store(sum[r], add_group<S, F>(S::load(sum[r]), Dot::finish(dot[i][r], rows.sum[r]), sw,
+                                         mw, rows.scale[r], rows.sum[r]));
+    }
+    rows.scale += rows.lanes;
+    rows.sum += rows.lanes;
     keep_in_memory(sums);  // or the compiler spills the integer sums to keep these in registers
   }
 }
 
 // All lanes of one block of rows: kPanelRows at a time, then what is left.
-template <class S, class F>
-void multiply_block(const GemmScratch& t, int64_t groups, const uint8_t* x, const float* sx,
-                    const int32_t* sumx, int lanes, float (*sums)[kStrip]) {
+template <class S, class F, int T>
+void multiply_block(const Panel* panels, int64_t groups, const PanelRows& block, Sums* sums,
+                    int64_t row) {
   using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
   int r = 0;
   const auto take = [&](auto multiply, int rows) __attribute__((always_inline)) {
-    multiply(t, groups, x + r * Dot::kXBytes, sx + r, sumx + r, lanes, sums + r);
+    multiply(panels, groups,
+             {block.x + r * Dot::kXBytes, block.scale + r, block.sum + r, block.lanes}, sums,
+             row + r);
     r += rows;
   };
-  while (lanes - r >= S::kPanelRows) take(multiply_panel<S, F, S::kPanelRows>, S::kPanelRows);
-  if (S::kPanelRows > 4 && lanes - r >= 4) take(multiply_panel<S, F, 4>, 4);
-  switch (lanes - r) {
+  while (block.lanes - r >= S::kPanelRows)
+    take(multiply_panel<S, F, T, S::kPanelRows>, S::kPanelRows);
+  if (S::kPanelRows > 4 && block.lanes - r >= 4) take(multiply_panel<S, F, T, 4>, 4);
+  switch (block.lanes - r) {
     case 3:
-      take(multiply_panel<S, F, 3>, 3);
+      take(multiply_panel<S, F, T, 3>, 3);
       break;
     case 2:
-      take(multiply_panel<S, F, 2>, 2);
+      take(multiply_panel<S, F, T, 2>, 2);
       break;
     case 1:
-      take(multiply_panel<S, F, 1>, 1);
+      take(multiply_panel<S, F, T, 1>, 1);
       break;
+  }
+}
+
+// The depth of `groups` groups from group g on: T strips, beginning at their cursors and sums,
+// times all rows of the panel [first, first + count).
+template <class S, class F, int T>
+void multiply_depth(const Rows& x, GemmScratch& t, int64_t first, int64_t count, int64_t g,
+                    int64_t groups, typename F::Cursor* cursors, Sums* sums) {
+  using Dot = typename S::template PanelDot<F::kZeroPoint, F::kMaxCode>;
+  const int64_t all_groups = x.k_pad / F::kGroup;
+  for (int i = 0; i < T; ++i) fill_panel<S, F>(t.panels[i], cursors[i], groups);
+  for (int64_t r = 0; r < count; r += kRowBlock) {
+    const int lanes = x.rows_in((first + r) / kRowBlock);
+    const int64_t at = (first + r) * all_groups + g * lanes;
+    const uint8_t* px = Dot::kXBytes != 4 ? t.x + r * groups * F::kGroup * 2
+                                          : reinterpret_cast<const uint8_t*>(x.q) +
+                                                (first + r) * x.k_pad + g * F::kGroup * lanes;
+    multiply_block<S, F, T>(t.panels, groups, {px, x.scale + at, x.sum + at, lanes}, sums, r);
   }
 }
 
@@ -145,17 +197,11 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
         Dot::prepare_x(t.x + r * groups * F::kGroup * 2, q, groups * F::kGroup * lanes);
       }
     }
-    for (int64_t s = begin; s < end; ++s) {
-      fill_panel<S, F>(t, cursors[s - begin], groups);
-      for (int64_t r = 0; r < count; r += kRowBlock) {
-        const int lanes = x.rows_in((first + r) / kRowBlock);
-        const int64_t at = (first + r) * all_groups + g * lanes;
-        const uint8_t* px = Dot::kXBytes != 4 ? t.x + r * groups * F::kGroup * 2
-                                              : reinterpret_cast<const uint8_t*>(x.q) +
-                                                    (first + r) * x.k_pad + g * F::kGroup * lanes;
-        multiply_block<S, F>(t, groups, px, x.scale + at, x.sum + at, lanes, t.sums[s - begin] + r);
-      }
-    }
+    int64_t s = 0;
+    for (; s + S::kPanelStrips <= end - begin; s += S::kPanelStrips)
+      multiply_depth<S, F, S::kPanelStrips>(x, t, first, count, g, groups, cursors + s, t.sums + s);
+    for (; s < end - begin; ++s)
+      multiply_depth<S, F, 1>(x, t, first, count, g, groups, cursors + s, t.sums + s);
   }
   for (int64_t r = 0; r < count; ++r)
     for (int64_t s = begin; s < end; ++s)
@@ -165,53 +211,76 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
 // ---- floats
 
 template <class S, class F>
-void fill_values(FloatScratch& t, typename F::Cursor& c, int64_t pairs) {
+void fill_values(Values& evens, Values& odds, typename F::Cursor& c, int64_t pairs) {
   for (int64_t i = 0; i < pairs; ++i) {
     typename S::F32x16 even, odd;
     F::template pair<S>(c, even, odd);
-    S::store(t.values[0][i], even);
-    S::store(t.values[1][i], odd);
+    S::store(evens[i], even);
+    S::store(odds[i], odd);
   }
 }
 
-// One chain (even or odd inputs) of R rows.
-template <class S, int R>
-__attribute__((noinline)) void multiply_values(const float (*w)[kStrip], int64_t pairs,
-                                               const float* x, int lanes, float (*sums)[kStrip]) {
-  typename S::F32x16 acc[R];
+// One chain (even or odd inputs) of R rows and T strips.
+template <class S, int T, int R>
+__attribute__((noinline)) void multiply_values(const Values* w, int64_t pairs, const float* x,
+                                               int lanes, Sums* sums, int64_t row) {
+  typename S::F32x16 acc[T][R];
+#pragma GCC unroll 2
+  for (int j = 0; j < T; ++j)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r] = S::load(sums[r]);
+    for (int r = 0; r < R; ++r) acc[j][r] = S::load(sums[j][row + r]);
 #pragma GCC unroll 2
   for (int64_t i = 0; i < pairs; ++i) {
-    const auto v = S::load(w[i]);
+    typename S::F32x16 v[T];
+#pragma GCC unroll 2
+    for (int j = 0; j < T; ++j) v[j] = S::load(w[j][i]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = S::fma(v, S::set1(x[2 * r]), acc[r]);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int j = 0; j < T; ++j) acc[j][r] = S::fma(v[j], S::set1(x[2 * r]), acc[j][r]);
     x += 2 * lanes;
   }
+#pragma GCC unroll 2
+  for (int j = 0; j < T; ++j)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) S::store(sums[r], acc[r]);
+    for (int r = 0; r < R; ++r) S::store(sums[j][row + r], acc[j][r]);
 }
 
-template <class S>
-void multiply_float_block(const float (*w)[kStrip], int64_t pairs, const float* x, int lanes,
-                          float (*sums)[kStrip]) {
+template <class S, int T>
+void multiply_float_block(const Values* w, int64_t pairs, const float* x, int lanes, Sums* sums,
+                          int64_t row) {
   int r = 0;
   const auto take = [&](auto multiply, int rows) __attribute__((always_inline)) {
-    multiply(w, pairs, x + 2 * r, lanes, sums + r);
+    multiply(w, pairs, x + 2 * r, lanes, sums, row + r);
     r += rows;
   };
-  while (lanes - r >= S::kPanelRows) take(multiply_values<S, S::kPanelRows>, S::kPanelRows);
-  if (S::kPanelRows > 4 && lanes - r >= 4) take(multiply_values<S, 4>, 4);
+  while (lanes - r >= S::kPanelRows) take(multiply_values<S, T, S::kPanelRows>, S::kPanelRows);
+  if (S::kPanelRows > 4 && lanes - r >= 4) take(multiply_values<S, T, 4>, 4);
   switch (lanes - r) {
     case 3:
-      take(multiply_values<S, 3>, 3);
+      take(multiply_values<S, T, 3>, 3);
       break;
     case 2:
-      take(multiply_values<S, 2>, 2);
+      take(multiply_values<S, T, 2>, 2);
       break;
     case 1:
-      take(multiply_values<S, 1>, 1);
+      take(multiply_values<S, T, 1>, 1);
       break;
+  }
+}
+
+// `pairs` pairs of inputs from input `input` on: T strips times all rows of the panel.
+template <class S, class F, int T>
+void multiply_float_depth(const Rows& x, FloatScratch& t, int64_t first, int64_t count,
+                          int64_t input, int64_t pairs, typename F::Cursor* cursors,
+                          int64_t strip) {
+  for (int j = 0; j < T; ++j) fill_values<S, F>(t.values[j], t.values[T + j], cursors[j], pairs);
+  for (int64_t r = 0; r < count; r += kRowBlock) {
+    const int lanes = x.rows_in((first + r) / kRowBlock);
+    const float* px = x.f + (first + r) * x.k_pad + input * lanes;
+    for (int chain = 0; chain < 2; ++chain)
+      multiply_float_block<S, T>(t.values + chain * T, pairs, px + chain, lanes,
+                                 t.sums[chain] + strip, r);
   }
 }
 
@@ -228,16 +297,11 @@ void gemm_tile_float(const LinearArgs& a, FloatScratch& t, int64_t first, int64_
   }
   for (int64_t i = 0; i < x.k_pad; i += step) {
     const int64_t pairs = (step < x.k_pad - i ? step : x.k_pad - i) / 2;
-    for (int64_t s = begin; s < end; ++s) {
-      fill_values<S, F>(t, cursors[s - begin], pairs);
-      for (int64_t r = 0; r < count; r += kRowBlock) {
-        const int lanes = x.rows_in((first + r) / kRowBlock);
-        const float* px = x.f + (first + r) * x.k_pad + i * lanes;
-        for (int chain = 0; chain < 2; ++chain)
-          multiply_float_block<S>(t.values[chain], pairs, px + chain, lanes,
-                                  t.sums[chain][s - begin] + r);
-      }
-    }
+    int64_t s = 0;
+    for (; s + S::kPanelStrips <= end - begin; s += S::kPanelStrips)
+      multiply_float_depth<S, F, S::kPanelStrips>(x, t, first, count, i, pairs, cursors + s, s);
+    for (; s < end - begin; ++s)
+      multiply_float_depth<S, F, 1>(x, t, first, count, i, pairs, cursors + s, s);
   }
   for (int64_t r = 0; r < count; ++r)
     for (int64_t s = begin; s < end; ++s)

@@ -315,7 +315,8 @@ struct Avx2 {
     static LW_INLINE I32x16 finish(const Acc& acc, int32_t) { return acc.sum; }
   };
   static constexpr int kFloatSums = 4;  // that keep the multipliers busy and fit the registers
-  static constexpr int kPanelRows = 4;  // rows that the inner loop of a panel takes at once
+  // Rows and strips that the inner loop of a panel takes at once.
+  static constexpr int kPanelRows = 4, kPanelStrips = 1;
   // Up to so many rows gemv is faster than gemm: codes above 31, codes up to 31, floats.
   static constexpr int kGemvWide = 8, kGemvNarrow = 3, kGemvFloat = 5;
   // Strips that gemv reads side by side.

@@ -189,7 +189,8 @@ struct Avx512 {
     static LW_INLINE void flush(Acc&) {}
   };
   static constexpr int kFloatSums = 12;  // that keep the multipliers busy and fit the registers
-  static constexpr int kPanelRows = 8;   // rows that the inner loop of a panel takes at once
+  // Rows and strips that the inner loop of a panel takes at once: 16 sums, 2 blocks, 1 activation.
+  static constexpr int kPanelRows = 8, kPanelStrips = 2;
   // Up to so many rows gemv is faster than gemm: codes above 31, codes up to 31, floats.
   static constexpr int kGemvWide = 8, kGemvNarrow = 8, kGemvFloat = 8;
   // Strips that gemv reads side by side.

@@ -255,7 +255,8 @@ struct Scalar {
     static LW_INLINE void flush(Acc&) {}
   };
   static constexpr int kFloatSums = 4;  // that keep the multipliers busy and fit the registers
-  static constexpr int kPanelRows = 4;  // rows that the inner loop of a panel takes at once
+  // Rows and strips that the inner loop of a panel takes at once.
+  static constexpr int kPanelRows = 4, kPanelStrips = 1;
   // Rows that gemv takes; few, since this table is for correctness and unrolls expensively.
   static constexpr int kGemvWide = 2, kGemvNarrow = 2, kGemvFloat = 2;
   // Strips that gemv reads side by side.

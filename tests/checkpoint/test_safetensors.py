@@ -83,7 +83,7 @@ def test_the_official_writer_is_read(tmp_path: Path) -> None:
         assert np.array_equal(file.array(name), array)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.text(st.characters(categories=("L", "N", "P"), exclude_characters="_"), min_size=1),
@@ -243,7 +243,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         refused(read_safetensors, path, "cut.safetensors")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
 )

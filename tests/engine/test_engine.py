@@ -30,7 +30,7 @@ def alone(prompt: list[int], params: SamplingParams) -> list[int]:
     return run(engine, [ask(engine, prompt, params)])[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompts, st.integers(1, 40), st.integers(1, 6), st.integers(16, 40))
 def test_chunks_batches_and_preemption_never_change_tokens(
     prompts: list[list[int]], budget: int, together: int, blocks: int

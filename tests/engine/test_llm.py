@@ -122,7 +122,7 @@ def test_a_stop_string_that_never_completes_is_text() -> None:
     assert (cut.text, cut.finish_reason) == ("The EN", "length")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
 def test_streams_never_split_a_character(text: str) -> None:
     pieces = list(said(text).stream("hi", SamplingParams(max_tokens=200)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lacewing.engine.sampling import (
@@ -123,7 +123,6 @@ def test_pick_never_takes_a_weight_of_zero() -> None:
     assert {pick(weights, u) for u in (0.0, 0.3, 1 - 1e-16)} == {1700}
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 5000), st.integers(0, 5), st.booleans())
 def test_top_equals_a_full_sort(size: int, count: int, seed: int, ties: bool) -> None:
     logits = random_logits(size, seed)
@@ -140,7 +139,6 @@ def test_top_copes_with_minus_infinity() -> None:
     assert top(logits, 3).tolist() == [7, 4999, 0]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4000), st.floats(0.001, 0.999), st.integers(0, 5), st.booleans())
 def test_nucleus_is_the_smallest_set(size: int, share: float, seed: int, ties: bool) -> None:
     weights = np.exp(random_logits(size, seed))

@@ -55,7 +55,7 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
     assert all(not s.table and s.computed == 0 for s in scheduler.waiting)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(requests, st.integers(10, 40), st.integers(1, 64), st.integers(1, 8))
 def test_every_request_finishes(
     wanted: list[tuple[int, int, int]], total: int, budget: int, together: int
@@ -77,7 +77,7 @@ def test_every_request_finishes(
     assert all(len(s.table) == 0 for s in sequences)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(requests, st.data())
 def test_aborting_leaks_nothing(wanted: list[tuple[int, int, int]], data: st.DataObject) -> None:
     scheduler = Scheduler(BlockManager(12), 32, 4)

@@ -156,7 +156,7 @@ def test_sentencepiece_bytes_join_to_characters() -> None:
     assert stream(sentencepiece(), [259, 0xC3, 0xA9, 0xC3]) == ["a", "", "é", "", "�"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 300), max_size=40))
 def test_any_stream_joins_to_decode_and_holds_back_less_than_a_character(ids: list[int]) -> None:
     for text in (byte_level_shared, sentencepiece_shared):
@@ -168,7 +168,7 @@ def test_any_stream_joins_to_decode_and_holds_back_less_than_a_character(ids: li
         assert "".join(pieces) in (expected, expected.removeprefix(" "))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=40).filter(lambda t: "<" not in t))
 def test_any_text_survives_the_round_trip(text: str) -> None:
     assert byte_level_shared.decode(byte_level_shared.encode(text)) == text

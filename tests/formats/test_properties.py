@@ -13,7 +13,7 @@ from lacewing.formats import FORMATS, Codes, Format, PackedTensor, quantize_rows
 from tests.formats import naive
 from tests.formats.test_layout import assert_same
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=60)
 formats = st.sampled_from(list(FORMATS.values()))
 rounding = st.sampled_from([f for f in FORMATS.values() if f.group_size])
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 140))

@@ -234,7 +234,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_any_config_gives_a_spec_or_a_typed_error(name: str, changes: dict[str, Any]) -> None:
     with suppress(CheckpointError, UnsupportedModelError):
