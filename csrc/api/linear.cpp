@@ -69,17 +69,19 @@ void init_tensor(Tensor* self, const std::string& format, int64_t n, int64_t k,
 // cost more than a small product. Only what is unusually large is given back.
 class Workspace {
  public:
+  explicit Workspace(size_t kept) : kept_(kept) {}
   // At least `bytes` of anything, 64-byte aligned, until the next call of `take`.
   uint8_t* take(size_t bytes) {
-    if (memory_.size() < bytes || memory_.size() > kKept) memory_ = Memory(bytes);
+    if (memory_.size() < bytes || memory_.size() > kept_) memory_ = Memory(bytes);
     return memory_.data();
   }
 
  private:
-  static constexpr size_t kKept = size_t{64} << 20;
+  const size_t kept_;
   Memory memory_;
 };
-thread_local Workspace activations_space, scratch_space;
+thread_local Workspace activations_space(size_t{64} << 20);
+thread_local Workspace scratch_space(kLinearScratch* Pool::kMaxThreads);
 
 // Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
 Rows take_rows(const Tensor& t, int64_t m) {

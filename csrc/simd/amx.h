@@ -65,19 +65,21 @@ struct AmxTiles {
 #undef LW_TILE_DOT
 };
 
-// The same by software: the slow twin.
+// The same by software: the slow twin. What would be a fault of the instruction (#UD: tiles without
+// shapes, or of shapes that do not fit) ends the process here too.
 struct SoftwareTiles {
   // Takes over the shapes; all tiles are zero.
   void configure(const TileShapes& s) {
     shapes_ = s;
     std::memset(tiles_, 0, sizeof(tiles_));
   }
-  // Hardware forgets tiles and shapes; using a tile before the next `configure` would be a fault.
+  // Forgets tiles and shapes.
   void release() { shapes_ = TileShapes{}; }
 
   // Row r of tile T from p + r * stride; what is beyond its shape becomes zero.
   template <int T>
   void load(const void* p, int64_t stride) {
+    require(shapes_.rows[T] > 0);
     std::memset(tiles_[T], 0, sizeof(tiles_[T]));
     for (int r = 0; r < shapes_.rows[T]; ++r)
       std::memcpy(tiles_[T][r], static_cast<const uint8_t*>(p) + r * stride, shapes_.row_bytes[T]);
@@ -89,11 +91,13 @@ struct SoftwareTiles {
   }
   template <int T>
   void store(void* p, int64_t stride) {
+    require(shapes_.rows[T] > 0);
     for (int r = 0; r < shapes_.rows[T]; ++r)
       std::memcpy(static_cast<uint8_t*>(p) + r * stride, tiles_[T][r], shapes_.row_bytes[T]);
   }
   template <int T>
   void zero() {
+    require(shapes_.rows[T] > 0);
     std::memset(tiles_[T], 0, sizeof(tiles_[T]));
   }
 
@@ -117,6 +121,7 @@ struct SoftwareTiles {
   // step rounds to nearest even; subnormal operands count as zero, subnormal results become zero.
   template <int C, int A, int B>
   __attribute__((noinline)) void dot_bf16() {
+    require(fit<C, A, B>());
     for (int m = 0; m < shapes_.rows[C]; ++m) {
       float chains[2][16] = {};
       for (int k = 0; k < shapes_.row_bytes[A] / 4; ++k)
@@ -134,8 +139,18 @@ struct SoftwareTiles {
   }
 
  private:
+  static LW_INLINE void require(bool ok) {
+    if (!ok) __builtin_trap();
+  }
+  template <int C, int A, int B>
+  bool fit() const {
+    const TileShapes& s = shapes_;
+    return s.rows[C] > 0 && s.rows[C] == s.rows[A] && s.row_bytes[C] == s.row_bytes[B] &&
+           s.row_bytes[A] == 4 * s.rows[B];
+  }
   template <int C, int A, int B, class TA, class TB>
   __attribute__((noinline)) void dot_bytes() {
+    require(fit<C, A, B>());
     for (int m = 0; m < shapes_.rows[C]; ++m) {
       uint32_t sums[16];
       std::memcpy(sums, tiles_[C][m], 64);
