@@ -33,8 +33,7 @@ inline constexpr bool kLiesInTiles = requires(const PackedTensor& w) { F::blocks
 // ones.
 template <class F>
 inline constexpr bool kThroughTiles =
-    F::kGroup == 0 || F::kGroup == 32 ||
-    (F::kGroup % 64 == 0 && kAmxDepth * 64 % (F::kGroup ? F::kGroup : 1) == 0);
+    F::kGroup == 0 || F::kGroup == 32 || (F::kGroup % 64 == 0 && F::kGroup <= kAmxDepth * 64);
 
 // One scale per output instead of one per group.
 template <class F>
@@ -86,6 +85,8 @@ class AmxGemm {
 
  private:
   static constexpr int64_t kInputs = kTileInputs<F>;
+  static constexpr int64_t kGroupTiles = F::kGroup > 64 ? F::kGroup / 64 : 1;
+  static constexpr int64_t kDepth = kAmxDepth / kGroupTiles * kGroupTiles;  // whole groups
   static constexpr bool kFloats = F::kGroup == 0, kRowScale = has_row_scale<F>();
   static constexpr int64_t kStepBytes = F::kGroup == 32 && !kRowScale ? 32 : 64;  // of a row of A
 
@@ -114,13 +115,13 @@ class AmxGemm {
 
   // K-tiles of so many rows that fit into the packed activations.
   static int64_t chunk_tiles(int64_t rows) {
-    return kAmxTiles / (2 * ((rows + kBlockRows - 1) / kBlockRows)) / kAmxDepth * kAmxDepth;
+    return kAmxTiles / (2 * ((rows + kBlockRows - 1) / kBlockRows)) / kDepth * kDepth;
   }
 
   void run_rows() {
     blocks_ = (rows_ + kBlockRows - 1) / kBlockRows;
     const int64_t fit = chunk_tiles(rows_), chunks = (tiles_k_ + fit - 1) / fit;
-    const int64_t step = round_up((tiles_k_ + chunks - 1) / chunks, kAmxDepth);
+    const int64_t step = round_up((tiles_k_ + chunks - 1) / chunks, kDepth);
     in_kept_ = a_.accumulate && chunks > 1;
     kept_strips_ = kKept / (blocks_ * kBlockRows * kStrip);
     const int64_t strips = in_kept_ && kept_strips_ < kAmxStrips ? kept_strips_ : kAmxStrips;
@@ -147,8 +148,8 @@ class AmxGemm {
   // Strips s.. (one or two) times the chunk.
   template <int Strips>
   void run_panel(int64_t s) {
-    for (int64_t d = 0; d < count_; d += kAmxDepth) {
-      const int64_t depth = kAmxDepth < count_ - d ? kAmxDepth : count_ - d;
+    for (int64_t d = 0; d < count_; d += kDepth) {
+      const int64_t depth = kDepth < count_ - d ? kDepth : count_ - d;
       const Part part{
           s, d, depth, d == 0 && k_ > 0, d + depth == count_, k_ + d + depth == tiles_k_};
       const Weights w = weights<Strips>(s, d, depth);
