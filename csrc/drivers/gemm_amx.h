@@ -25,22 +25,39 @@ inline constexpr int64_t kAmxDepth = 16;      // k-tiles of weights at once
 inline constexpr int64_t kAmxStrips = 1024;   // strips whose cursors are in scratch at once
 inline constexpr int64_t kKept = 200 * 1024;  // sums that are in scratch between chunks
 
-// Whether the tiles of a strip lie in its bytes just as they are multiplied.
-template <class F>
-inline constexpr bool kLiesInTiles = requires(const PackedTensor& w) { F::blocks(w, 0); };
-
-// Formats that this driver can multiply by: floats, and groups that are half a k-tile or whole
-// ones.
-template <class F>
-inline constexpr bool kThroughTiles =
-    F::kGroup == 0 || F::kGroup == 32 || (F::kGroup % 64 == 0 && F::kGroup <= kAmxDepth * 64);
-
 // One scale per output instead of one per group.
 template <class F>
 constexpr bool has_row_scale() {
   if constexpr (requires { F::kRowScale; }) return F::kRowScale;
   return false;
 }
+
+// Whether the tiles of a strip lie in its bytes just as they are multiplied: values of 16 bits, or
+// codes of 8 whose groups have no scales.
+template <class F>
+constexpr bool lies_in_tiles() {
+  if constexpr (F::kSparse) return false;
+  if constexpr (F::kGroup == 0) return F::kTileBytes[0] == F::kPad * kStrip * 2;
+  return has_row_scale<F>() && F::kTileBytes[0] == F::kPad * kStrip;
+}
+template <class F>
+inline constexpr bool kLiesInTiles = lies_in_tiles<F>();
+
+// The strip's tiles, one after another.
+template <class F>
+const uint8_t* tiles_of(const PackedTensor& w, int64_t strip) {
+  const auto c = F::open(w, strip);
+  if constexpr (F::kGroup == 0)
+    return c.values;
+  else
+    return c.codes;
+}
+
+// Formats that this driver can multiply by: floats, and groups that are half a k-tile or whole
+// ones.
+template <class F>
+inline constexpr bool kThroughTiles =
+    F::kGroup == 0 || F::kGroup == 32 || (F::kGroup % 64 == 0 && F::kGroup <= kAmxDepth * 64);
 
 // The caller's scratch, cut up.
 template <class F>
@@ -234,7 +251,7 @@ class AmxGemm {
     Weights w{{s_.b[0][0], s_.b[1][0]}, {nullptr, nullptr}};
     for (int i = 0; i < Strips; ++i) {
       if constexpr (kLiesInTiles<F>) {
-        const uint8_t* strip = F::blocks(*a_.w, s + i);
+        const uint8_t* strip = tiles_of<F>(*a_.w, s + i);
         const uint8_t* tiles = strip + (k_ + d) * kTileBytes;
         const uint8_t* end = strip + a_.x->k_pad * kTileBytes / kInputs;
         if (end - tiles <
@@ -243,7 +260,7 @@ class AmxGemm {
         else
           w.tiles[i] = tiles;
         w.next[i] = d + depth < count_ ? tiles + depth * kTileBytes
-                    : s + 2 + i < end_ ? F::blocks(*a_.w, s + 2 + i) + k_ * kTileBytes
+                    : s + 2 + i < end_ ? tiles_of<F>(*a_.w, s + 2 + i) + k_ * kTileBytes
                                        : nullptr;
       } else if constexpr (kFloats) {
         expand_floats(i, s_.cursors[s + i - begin_], d, depth);

@@ -20,10 +20,6 @@ struct Bf16 {
   static Cursor open(const PackedTensor& w, int64_t strip) {
     return {w.parts[0] + strip * (round_up(w.k, 2) / 2) * 64};
   }
-  // The strip's blocks, one after another, as the kernels multiply them.
-  static const uint8_t* blocks(const PackedTensor& w, int64_t strip) {
-    return open(w, strip).values;
-  }
   // Two inputs: f32 of the even and of the odd one.
   template <class S>
   static LW_INLINE void pair(Cursor& c, typename S::F32x16& even, typename S::F32x16& odd) {
