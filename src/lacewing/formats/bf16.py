@@ -105,13 +105,14 @@ class Bf16(Dense):
         w = np.abs(self.dequantize(packed)).astype(np.float64)
         size = np.abs(check_activations(x, w.shape[1])).astype(np.float64)
         steps = w.shape[1] // 2 + 3
+        out: F64 = size @ w.T * (steps * 2.0**-24 * 1.01) + steps * 2.0**-149
         if not tiles:
-            out: F64 = size @ w.T * (steps * 2.0**-24 * 1.01) + steps * 2.0**-149
             return out
         rounded = bf16_to_f32(f32_to_bf16(np.asarray(x, np.float32))).astype(np.float64)
         moved = np.abs(rounded - np.asarray(x, np.float64)) @ w.T
         flushed = (size.sum(axis=1)[:, None] + w.sum(axis=1) + 3 * steps) * 2.0**-126
-        return moved + np.abs(rounded) @ w.T * (steps * 2.0**-24 * 1.01) + flushed
+        out = moved + np.abs(rounded) @ w.T * (steps * 2.0**-24 * 1.01) + flushed
+        return out
 
 
 def _fma(a: F32, b: F32, c: F32) -> F32:
