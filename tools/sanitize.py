@@ -80,7 +80,7 @@ def main() -> int:
         "LD_PRELOAD": runtime(sanitizers),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python leaks at its end
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:suppressions={ROOT / 'tools' / 'tsan.supp'}",
+        "TSAN_OPTIONS": "halt_on_error=1",
     }
     wanted = args.pytest or TESTS
     command = [sys.executable, "-c", START, str(site), "-q", "-p", "no:cacheprovider", *wanted]
