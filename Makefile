@@ -22,10 +22,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 /
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 PACKING := $(wildcard src/lacewing/formats/*.py src/lacewing/checkpoint/*.py)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test sanitize lint format bench clean
 help:
 	@echo 'make demo    build, fetch a small model, pack it, ask it a question'
 	@echo 'make test    run the tests'
+	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make lint    ruff, mypy --strict, clang-format, symbols of the kernel objects'
 	@echo 'make format  apply ruff and clang-format'
 	@echo 'make bench   measure decode and prefill (see benchmarks/)'
@@ -36,6 +37,10 @@ demo: $(DEMO)/lacewing.json
 
 test: $(STAMPS)/test $(STAMPS)/model
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# A build of its own in build/sanitize; see tools/sanitize.py.
+sanitize: $(STAMPS)/test
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) tools/sanitize.py
 
 lint: $(STAMPS)/dev
 	$(VENV)/bin/ruff check .

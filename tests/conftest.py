@@ -54,7 +54,8 @@ def _isas() -> list[dict[str, Any]]:
     try:
         from lacewing import _C
     except ImportError as error:
-        return [{"name": "(none)", "usable": False, "missing": f"lacewing._C: {error}"}]
+        missing = f"lacewing._C: {error}"
+        return [{"name": "(none)", "usable": False, "missing": missing, "emulated": False}]
     return list(_C.isas())
 
 
@@ -70,7 +71,9 @@ def _missing(what: str) -> NoReturn:
 
 def pytest_report_header() -> list[str]:
     states = [
-        f"{isa['name']}: runs" if isa["usable"] else f"{isa['name']}: no, lacks {isa['missing']}"
+        (f"{isa['name']}: runs" + (" (software tiles)" if isa["emulated"] else ""))
+        if isa["usable"]
+        else f"{isa['name']}: no, lacks {isa['missing']}"
         for isa in _isas()
     ]
     data, model = _data_path(), _smollm2_path()
@@ -82,9 +85,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an `isa` argument runs once for every ISA that this machine has."""
-    if "isa" in metafunc.fixturenames and "isa" not in _parametrized(metafunc):
+    """A test with an `isa` argument runs once for every ISA that this machine has, one with
+    `tile_isa` for every one that multiplies in AMX tiles (or in software tiles)."""
+    given = _parametrized(metafunc)
+    if "isa" in metafunc.fixturenames and "isa" not in given:
         metafunc.parametrize("isa", _usable_isas())
+    if "tile_isa" in metafunc.fixturenames and "tile_isa" not in given:
+        metafunc.parametrize("tile_isa", [n for n in _usable_isas() if n.startswith("amx")])
 
 
 def _parametrized(metafunc: pytest.Metafunc) -> set[str]:

@@ -81,12 +81,18 @@ def kernels(build: Path) -> list[str]:
     return objects(build, [f"isa/{isa}.cpp" for isa in ("scalar", "avx2", "avx512")])
 
 
+def tiles(build: Path) -> list[str]:
+    return objects(build, [f"isa/{isa}.cpp" for isa in ("amx", "amx_emulated")])
+
+
 def compile_native(build: Path, folder: Path) -> Path:
     out = folder / "isa_equality"
     sources = [str(SOURCES / name) for name in ("isa_equality.cpp", "hosted.cpp")]
-    core = objects(build, ["core/formats.cpp", "core/kv.cpp", "core/rows.cpp", "core/dispatch.cpp"])
-    subprocess.run([compiler(), *FLAGS, *sources, *kernels(build), *core, "-o", str(out)],
-                   check=True)  # fmt: skip
+    core = objects(
+        build, [f"core/{name}.cpp" for name in ("formats", "kv", "rows", "cpu", "dispatch")]
+    )
+    command = [compiler(), *FLAGS, *sources, *kernels(build), *tiles(build), *core]
+    subprocess.run([*command, "-o", str(out)], check=True)
     return out
 
 

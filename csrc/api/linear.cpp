@@ -71,17 +71,19 @@ void init_tensor(Tensor* self, const std::string& format, int64_t n, int64_t k,
 // cost more than a small product. Only what is unusually large is given back.
 class Workspace {
  public:
+  explicit Workspace(size_t kept) : kept_(kept) {}
   // At least `bytes` of anything, 64-byte aligned, until the next call of `take`.
   uint8_t* take(size_t bytes) {
-    if (memory_.size() < bytes || memory_.size() > kKept) memory_ = Memory(bytes);
+    if (memory_.size() < bytes || memory_.size() > kept_) memory_ = Memory(bytes);
     return memory_.data();
   }
 
  private:
-  static constexpr size_t kKept = size_t{64} << 20;
+  const size_t kept_;
   Memory memory_;
 };
-thread_local Workspace activations_space, scratch_space;
+thread_local Workspace activations_space(size_t{64} << 20);
+thread_local Workspace scratch_space(kLinearScratch* Pool::kMaxThreads);
 
 // Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
 Rows take_rows(const Tensor& t, int64_t m) {
@@ -231,6 +233,7 @@ nb::list isa_list() {
     d["name"] = isas[i].name;
     d["usable"] = !isas[i].missing;
     d["missing"] = isas[i].missing ? nb::cast(isas[i].missing) : nb::none();
+    d["emulated"] = isas[i].emulated;
     all.append(d);
   }
   return all;
@@ -256,9 +259,9 @@ int format_index(const std::string& name) {
 const KernelTable& table_of(const std::optional<std::string>& isa) {
   if (!isa) return default_table();
   const IsaStatus* status = find_isa(*isa);
-  require(status, "isa must be `scalar`, `avx2` or `avx512`, got `" + *isa + "`");
-  require(!status->missing,
-          "isa `" + *isa + "` needs a CPU with " + (status->missing ? status->missing : ""));
+  require(status, "isa must be one of " + isa_names() + ", got `" + *isa + "`");
+  require(!status->missing, "isa `" + *isa + "` needs " + (status->missing ? status->missing : "") +
+                                ", which is missing here");
   return *status->table;
 }
 
@@ -280,7 +283,8 @@ void register_linear(nb::module_& m) {
         "Rows `ids` int32 [c] of w [n, k] as f32 [c, k].");
   m.def("quantize_rows", &quantize, nb::arg("x"), nb::arg("group"), nb::arg("isa") = nb::none(),
         "x f32 [m, k] as (q int8 [m, k_pad], scale f32 [m, groups], sum int32 [m, groups]).");
-  m.def("isas", &isa_list, "Every ISA: name, usable, missing (the first missing CPU feature).");
+  m.def("isas", &isa_list,
+        "Every ISA: name, usable, missing (the first missing feature), emulated.");
   m.def("default_isa", &default_isa, "The ISA in use; obeys LACEWING_ISA.");
   m.def("format_names", &format_names, "Every packed format.");
 }

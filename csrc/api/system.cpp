@@ -1,11 +1,8 @@
 // The machine as this process sees it, its thread pool, its memory bandwidth; single operations of
 // the engine for tests.
-#include <asm/prctl.h>
 #include <cpuid.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +14,7 @@
 
 #include "api/check.h"
 #include "api/module.h"
+#include "core/cpu.h"
 #include "core/memory.h"
 #include "core/pool.h"
 
@@ -192,13 +190,6 @@ uint64_t xcr0() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// Linux gives tile registers to a process only after it has asked.
-bool amx_permitted() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  if (!(cpuid(7).edx >> 24 & 1)) return false;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-
 std::string first_line(const std::string& path) {
   std::ifstream file(path);
   std::string line;
@@ -243,7 +234,7 @@ nb::dict cpu_info() {
   d["features"] = features();
   d["xcr0"] = saved;
   d["os_state"] = os;
-  d["amx_permitted"] = amx_permitted();
+  d["amx_permitted"] = read_cpu().tile_permitted;
   d["cores"] = cpus.physical;
   d["affinity"] = affinity;
   d["quota"] = cpus.quota > 0 ? nb::cast(cpus.quota) : nb::none();

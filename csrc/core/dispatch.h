@@ -7,6 +7,9 @@
 
 namespace lacewing {
 
+// "`scalar`, `avx2`, .."
+std::string isa_names();
+
 // The table called `name`, or null if there is none.
 const IsaStatus* find_isa(const std::string& name);
 

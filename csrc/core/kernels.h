@@ -21,7 +21,8 @@ struct LinearArgs {
   int64_t strip_begin, strip_end;
   void* scratch;  // kLinearScratch bytes, 64-byte aligned, private to the calling thread
 };
-inline constexpr size_t kLinearScratch = 256 * 1024;
+// The AMX driver keeps 1 MB of packed activations in it; the others touch the first 256 KB.
+inline constexpr size_t kLinearScratch = 2 * 1024 * 1024;
 
 // Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for
 // the query heads of one KV head. Token i attends the positions first_i..last_i (inclusive), where
@@ -97,6 +98,12 @@ struct KernelTable {
   int64_t (*spin_float)(int64_t turns);
 };
 
+// What an ISA with tiles adds to a table: products that send many rows through them.
+struct TileKernels {
+  const char* isa;
+  void (*linear[kFormatCount])(const LinearArgs&);
+};
+
 // What a format's header states about itself, independent of the ISA (core/formats.cpp).
 struct FormatInfo {
   const char* name;
@@ -115,12 +122,16 @@ extern const FormatInfo kFormatInfo[kFormatCount];
 extern const KernelTable kScalarTable;
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
+extern const TileKernels kAmxTable;                // over kAvx512Table
+extern const TileKernels kAmxEmulatedTable;        // software tiles, over kScalarTable
+extern const TileKernels kAmxEmulatedAvx512Table;  // software tiles, over kAvx512Table
 
-// Usable here, slowest first. `default_table` obeys LACEWING_ISA.
+// Slowest first.
 struct IsaStatus {
   const char* name;
   const KernelTable* table;
   const char* missing;  // null if usable, else the first missing feature
+  bool emulated;        // for tests: runs everywhere, never chosen by itself
 };
 const IsaStatus* isa_status(int* count);
 

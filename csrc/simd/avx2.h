@@ -414,12 +414,14 @@ struct Avx2 {
     __builtin_memcpy(&x, p, 4);
     return _mm256_set1_epi32(x);
   }
-  // Rounded to even at bf16's last bit, which is moved to bit 0.
+  // Rounded to even at bf16's last bit, which is moved to bit 0; a NaN stays one.
   static LW_INLINE __m256i round_bf16(__m256 a) {
     const __m256i u = _mm256_castps_si256(a);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    return _mm256_srli_epi32(r, 16);
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, _mm256_castps_si256(nan)), 16);
   }
   // Multiply, then add in place. As intrinsics GCC 12 sums the products of several steps before it
   // adds them, spills, and copies every accumulator once per step.

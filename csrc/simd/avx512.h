@@ -90,12 +90,15 @@ struct Avx512 {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
+  // Nearest even, a NaN stays one. Not vcvtneps2bf16, which makes zeros of subnormals.
   static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
     const __m512i u = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i bits = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), u,
+                                              _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
   }
   static LW_INLINE F32x16 pow2(I32x16 e) {
     return _mm512_castsi512_ps(
@@ -179,6 +182,40 @@ struct Avx512 {
   static LW_INLINE F32x16 bf16_odd(U8x64 a) {
     return _mm512_castsi512_ps(
         _mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  // ---- what the AMX driver asks for beyond that
+  static LW_INLINE U8x64 sub_u8(U8x64 a, uint8_t c) { return {_mm512_sub_epi8(a.v, set1_u8(c))}; }
+  static LW_INLINE I32x16 bits_i32(F32x16 a) { return {_mm512_castps_si512(a)}; }
+  static LW_INLINE U8x64 join_bf16(F32x16 even, F32x16 odd) {
+    return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                            _mm512_castps_si512(odd))};
+  }
+  // Within pairs of registers first (4 dwords of each of 4 rows), then 4 x 4 runs of 16 bytes.
+  static LW_INLINE void transpose_16x8(uint8_t* to, const uint8_t* from) {
+    const __m512i lower =
+        _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(4));
+    __m512i runs[2][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i a = load_u8(from + 128 * i).v, b = load_u8(from + 128 * i + 64).v;
+      runs[0][i] = _mm512_permutex2var_epi32(a, lower, b);
+      runs[1][i] = _mm512_permutex2var_epi32(a, upper, b);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512i* v = runs[half];
+      const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
+      const __m512i b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+      const __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+      const __m512i d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+      store_u8(to, {_mm512_shuffle_i32x4(a, b, 0x88)});
+      store_u8(to + 64, {_mm512_shuffle_i32x4(a, b, 0xdd)});
+      store_u8(to + 128, {_mm512_shuffle_i32x4(c, d, 0x88)});
+      store_u8(to + 192, {_mm512_shuffle_i32x4(c, d, 0xdd)});
+      to += 256;
+    }
   }
 
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }

@@ -128,11 +128,12 @@ struct Scalar {
   static LW_INLINE F32x16 load_bf16(const uint16_t* p) {
     return map([&](int i) { return bits_f32(static_cast<uint32_t>(p[i]) << 16); });
   }
-  // Rounds to nearest even; the values are finite and round to finite ones.
+  // Rounds to nearest even; a NaN stays one.
   static LW_INLINE void store_bf16(uint16_t* p, F32x16 a) {
     for (int i = 0; i < 16; ++i) {
-      const uint32_t u = f32_bits(a.v[i]), odd = u >> 16 & 1;
-      p[i] = static_cast<uint16_t>((u + 0x7fff + odd) >> 16);
+      const uint32_t u = f32_bits(a.v[i]);
+      const bool nan = (u & 0x7fffffff) > 0x7f800000;
+      p[i] = static_cast<uint16_t>((nan ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
     }
   }
   // 2^e for e in -126..127
@@ -226,6 +227,29 @@ struct Scalar {
   }
   static LW_INLINE F32x16 bf16_odd(const U8x64& a) {
     return map([&](int i) { return bf16(a.v + 4 * i + 2); });
+  }
+
+  // ---- what the AMX driver asks for beyond that (so avx2.h has none of it)
+  static LW_INLINE U8x64 sub_u8(const U8x64& a, uint8_t c) {
+    return map_u8([&](int i) { return a.v[i] - c; });
+  }
+  // The same bits.
+  static LW_INLINE I32x16 bits_i32(F32x16 a) {
+    return map_i32([&](int i) { return static_cast<int32_t>(f32_bits(a.v[i])); });
+  }
+  // The block of bf16 pairs of which these are `bf16_even` and `bf16_odd`.
+  static LW_INLINE U8x64 join_bf16(F32x16 even, F32x16 odd) {
+    U8x64 r;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t pair = f32_bits(even.v[i]) >> 16 | f32_bits(odd.v[i]);
+      std::memcpy(r.v + 4 * i, &pair, 4);
+    }
+    return r;
+  }
+  // Dwords `[16][8]` to 8 rows of 64 bytes, `[8][16]`.
+  static LW_INLINE void transpose_16x8(uint8_t* to, const uint8_t* from) {
+    for (int r = 0; r < 8; ++r)
+      for (int i = 0; i < 16; ++i) std::memcpy(to + 64 * r + 4 * i, from + 32 * i + 4 * r, 4);
   }
 
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }

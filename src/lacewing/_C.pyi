@@ -3,7 +3,8 @@
 Arrays are C-contiguous numpy arrays of the stated type. Every argument is checked; what does not
 fit raises `ValueError` or `TypeError` saying where, what is needed and what was found. The GIL is
 released while computing. Where `isa` is None the fastest usable one runs (or what `LACEWING_ISA`
-names); the results have the same bits on every ISA and with any number of threads.
+names); the results have the same bits on every ISA and with any number of threads, but for bf16
+weights on AMX: rows that go through tiles are held to `Bf16.tolerance`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ _I32 = NDArray[np.int32]
 class _Isa(TypedDict):
     name: str
     usable: bool
-    missing: str | None  # the first CPU feature that is not there
+    missing: str | None  # the first feature that is not there
+    emulated: bool  # for tests: runs everywhere, slow, never the default
 
 class _Switch(TypedDict):
     rows: int  # in use
@@ -197,7 +199,9 @@ class Model:
         - `logit_rows`: `[R]`, indices of tokens.
 
         A prompt may come in pieces. The logits of a token have the same bits however its sequence
-        was cut and whatever else is in the batch. Calls from several threads are served in turn.
+        was cut and whatever else is in the batch (bf16 weights on AMX: as long as both times fewer
+        than 8 rows, or both times more, are computed together). Calls from several threads are
+        served in turn.
         """
 
 # ---- the machine

@@ -24,11 +24,12 @@ uint8_t* guarded(int slot, size_t bytes) {
 int usable_tables(const KernelTable** tables) {
   int all, count = 0;
   const IsaStatus* isas = isa_status(&all);
+  tables[count++] = &kScalarTable;
   for (int i = 0; i < all; ++i) {
-    if (!isas[i].missing)
-      tables[count++] = isas[i].table;
-    else
+    if (isas[i].missing)
       std::printf("not run: %s, this CPU lacks %s\n", isas[i].name, isas[i].missing);
+    else if (isas[i].table != &kScalarTable)
+      tables[count++] = isas[i].table;
   }
   return count;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,27 @@ from lacewing import _C
 from lacewing.formats import Codes, PackedTensor, get_format
 
 F32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(raw: Bytes) -> Bytes:
+    """A copy that ends where memory ends: reading one byte further is a fault (SIGSEGV)."""
+    room = -(-len(raw) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), np.uint8)
+    guard = ctypes.c_void_p(memory.ctypes.data + room)
+    if LIBC.mprotect(guard, mmap.PAGESIZE, 0):  # PROT_NONE
+        raise OSError(ctypes.get_errno(), "mprotect")
+    out = memory[room - len(raw) : room]
+    out[:] = raw
+    return out
 
 
 def tensor_of(packed: PackedTensor) -> Any:
+    """The compiled module's tensor; every part ends at a guard page."""
     parts = [packed.parts[name] for name in get_format(packed.format).part_names]
-    views = [np.ascontiguousarray(p).reshape(-1).view(np.uint8) for p in parts]
+    views = [guarded(np.ascontiguousarray(p).reshape(-1).view(np.uint8)) for p in parts]
     return _C.Tensor(packed.format, *packed.shape, views)
 
 

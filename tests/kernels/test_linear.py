@@ -1,8 +1,12 @@
 """Every format x ISA x shape x thread count against the numpy oracle, bit for bit.
 
 Integer formats equal `Format.reference_linear` exactly. bf16 is held to twice the error of the
-naive computation against float64, and to the same bits on every ISA. In both the bits of a row do
-not depend on how many rows, outputs or threads are computed with it.
+naive computation against float64, and to the same bits on every ISA; in AMX tiles, where
+activations are rounded to bf16 too, to `Bf16.tolerance`. In all of them the bits of a row do not
+depend on how many rows, outputs or threads are computed with it (bf16 in tiles: on how many rows
+beyond 8).
+
+Where there is no AMX its driver runs with software tiles, as `amx_emulated`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from kernels.support import random_packed, random_rows, tensor_of
 from lacewing import _C
 from lacewing.formats import FORMATS, Codes, PackedTensor, get_format, quantize_rows
 from lacewing.formats.base import ROW
+from lacewing.formats.bf16 import Bf16, bf16_to_f32, f32_to_bf16
+from tests.isas import promises_same_bits
 
 F32 = npt.NDArray[np.float32]
 
@@ -44,6 +50,14 @@ def shapes(names: list[str]) -> list[tuple[str, int, int]]:
     return [(name, n, k) for name in names for n in NS for k in depths(name)]
 
 
+def whole(name: str, x: F32, packed: PackedTensor, isa: str, bias: F32 | None = None) -> F32:
+    """What `isa` must return to the last bit, computed at once by one thread: on the scalar table,
+    or where `isa` has bits of its own by itself."""
+    one = "scalar" if promises_same_bits(name, isa) else isa
+    y: F32 = _C.linear(x, tensor_of(packed), bias, isa=one, threads=1)
+    return y
+
+
 def test_formats_agree_with_python() -> None:
     assert _C.format_names() == list(FORMATS)
 
@@ -65,9 +79,8 @@ def test_threads_do_not_change_a_bit(isa: str, name: str, threads: int) -> None:
     packed, x, bias, _ = case(name, 48, 1000)
     weight = tensor_of(packed)
     for m in (1, 5, 33):
-        one = _C.linear(x[:m], weight, bias, isa="scalar", threads=1)
         got = _C.linear(x[:m], weight, bias, isa=isa, threads=threads)
-        assert np.array_equal(got, one)
+        assert np.array_equal(got, whole(name, x[:m], packed, isa, bias))
 
 
 @pytest.mark.parametrize(("name", "n", "k"), shapes(FLOATS))
@@ -80,7 +93,7 @@ def test_bf16(isa: str, name: str, n: int, k: int) -> None:
     rounded = _to_bf16(x).astype(np.float64) @ values.T.astype(np.float64)
     bound = 2 * np.abs(rounded - exact).max() + 2 * np.abs(naive - exact).max()
     assert np.abs(scalar - exact).max() <= bound
-    for m in MS:
+    for m in [m for m in MS if m < 8 or promises_same_bits("bf16", isa)]:
         got = _C.linear(x[:m], weight, isa=isa, threads=1)
         assert np.array_equal(got, scalar[:m]), f"m={m}"
 
@@ -91,8 +104,37 @@ def test_bf16_sp_is_bf16_of_the_pruned_weight(isa: str, m: int) -> None:
         sparse = random_packed("bf16_sp", n, k)
         dense = get_format("bf16").pack(get_format("bf16_sp").unpack(sparse))
         x = random_rows(m, k)
-        want = _C.linear(x, tensor_of(dense), isa="scalar", threads=1)
+        base = "scalar" if promises_same_bits("bf16", isa) else isa
+        want = _C.linear(x, tensor_of(dense), isa=base, threads=1)
         assert np.array_equal(_C.linear(x, tensor_of(sparse), isa=isa, threads=1), want)
+
+
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n in NS for k in depths("bf16")])
+def test_bf16_in_tiles(tile_isa: str, n: int, k: int) -> None:
+    """Held to the tolerance; the activations are rounded to nearest even; rows are independent."""
+    packed, x, bias, _ = case("bf16", n, k)
+    weight, form = tensor_of(packed), get_format("bf16")
+    assert isinstance(form, Bf16)
+    rounded = bf16_to_f32(f32_to_bf16(x))
+    error = np.abs(
+        _C.linear(rounded, weight, isa=tile_isa) - form.reference_linear(rounded, packed)
+    )
+    assert (error <= form.tolerance(rounded, packed, tiles=True)).all()
+    want = _C.linear(rounded, weight, bias, isa=tile_isa, threads=1)
+    for m in [m for m in MS if m >= 8]:
+        assert np.array_equal(_C.linear(x[:m], weight, bias, isa=tile_isa), want[:m]), f"m={m}"
+
+
+def test_bf16_in_tiles_passes_on_what_is_not_finite(tile_isa: str) -> None:
+    """A NaN or an infinity in a row reaches every output of that row and of no other."""
+    packed, x = random_packed("bf16", 17, 100), random_rows(16, 100)
+    want = _C.linear(x, tensor_of(packed), isa=tile_isa)
+    bad = x.copy()
+    bad[3, 50], bad[9, 99] = np.float32(np.inf), np.uint32(0x7FFFFFFF).view(np.float32)
+    got = _C.linear(bad, tensor_of(packed), isa=tile_isa)
+    assert not np.isfinite(got[[3, 9]]).any() and np.isnan(got[9]).all()
+    others = [r for r in range(16) if r not in (3, 9)]
+    assert np.array_equal(got[others], want[others])
 
 
 def _to_bf16(x: F32) -> F32:
@@ -108,7 +150,7 @@ def test_writes_only_its_slice(isa: str, name: str, m: int) -> None:
     n, k = 41, 200
     packed = random_packed(name, n, k)
     x = random_rows(m, k)
-    want = _C.linear(x, tensor_of(packed), isa="scalar", threads=1)
+    want = whole(name, x, packed, isa)
     for begin, end in ((0, 1), (1, 2), (1, 3), (2, 3), (0, 3)):
         y = np.full((m, n + 11), 777.0, np.float32)
         _C.linear_into(x, tensor_of(packed), y, strips=(begin, end), isa=isa)
@@ -125,7 +167,7 @@ def test_accumulates(isa: str, name: str, m: int) -> None:
     packed = random_packed(name, n, k)
     x, bias = random_rows(m, k), random_rows(1, n)[0]
     y = random_rows(m, n, seed=1)
-    want = y + _C.linear(x, tensor_of(packed), bias, isa="scalar", threads=1)
+    want = y + whole(name, x, packed, isa, bias)
     _C.linear_into(x, tensor_of(packed), y, bias=bias, accumulate=True, isa=isa)
     assert np.array_equal(y, want)
 
@@ -173,8 +215,28 @@ def test_large_prefill(isa: str) -> None:
         packed = random_packed(name, n, k)
         x = random_rows(m, k)
         rows = [0, 1, 2, 3, 4, 127, 128, 255, 256, 299]
-        want = _C.linear(x[rows], tensor_of(packed), isa="scalar", threads=1)
+        want = whole(name, x[rows], packed, isa)
         assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa)[rows], want), name
+
+
+# More strips, too, than wait in scratch at once.
+MANY_STRIPS = [("bf16", 260, 820, 2100), ("w8a8g64_sp", 260, 820, 4300)]
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "n", "k"), [*((name, 520, 40, 4200) for name in FORMATS), *MANY_STRIPS]
+)
+def test_sums_wait_between_chunks_of_inputs(isa: str, name: str, m: int, n: int, k: int) -> None:
+    """More rows and inputs than any driver takes at once, written and added."""
+    packed, x = random_packed(name, n, k), random_rows(m, k)
+    bias, y = random_rows(1, n)[0], random_rows(m, n, seed=1)
+    rows = [*range(9), 31, 32, 127, 128, 255, 256, m - 9, m - 8, m - 1]
+    want = whole(name, x[rows], packed, isa, bias)
+    got = _C.linear(x, tensor_of(packed), bias, isa=isa)
+    assert np.array_equal(got[rows], want)
+    sums = y + got
+    _C.linear_into(x, tensor_of(packed), y, bias=bias, accumulate=True, isa=isa)
+    assert np.array_equal(y, sums)
 
 
 def test_many_strips(isa: str) -> None:
@@ -183,5 +245,5 @@ def test_many_strips(isa: str) -> None:
         n, k, m = 1100, 64, 20
         packed = random_packed(name, n, k)
         x = random_rows(m, k)
-        want = _C.linear(x, tensor_of(packed), isa="scalar", threads=1)
+        want = whole(name, x, packed, isa)
         assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa, threads=1), want), name

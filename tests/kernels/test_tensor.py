@@ -118,6 +118,24 @@ def test_random_bytes_are_refused_or_harmless(name: str, isa: str) -> None:
         assert _C.linear(x, tensor, isa=isa).shape == (3, N)
 
 
+def test_reading_past_a_part_is_a_fault() -> None:
+    """What the other kernel tests rely on: their parts end at a guard page."""
+    code = """
+import ctypes, numpy as np
+from kernels.support import guarded
+part = guarded(np.arange(100, dtype=np.uint8))
+assert part.tolist() == list(range(100))
+ctypes.string_at(part.ctypes.data, 100)
+print("inside", flush=True)
+ctypes.string_at(part.ctypes.data, 101)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert run.stdout == "inside\n", run.stderr
+    assert run.returncode != 0
+
+
 def test_linear_checks_its_arguments() -> None:
     weight = tensor_of(random_packed("w8a8g32", N, K))
     x = np.zeros((2, K), np.float32)
@@ -166,4 +184,4 @@ def test_forced_isa() -> None:
             assert run.returncode != 0
             assert isa["missing"] in run.stderr and "Traceback" in run.stderr
     run = run_with_isa("neon")
-    assert run.returncode != 0 and "must be one of `scalar`" in run.stderr
+    assert run.returncode != 0 and "must be one of `amx_emulated`, `scalar`" in run.stderr

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lacewing import _C
+from tests.isas import USABLE
 
 Array = np.ndarray[Any, Any]
 
 EPS = 2.0**-24
-ISAS = [isa["name"] for isa in _C.isas() if isa["usable"]]
 SIZES = [1, 2, 15, 16, 17, 33, 100, 576]
 
-pytestmark = pytest.mark.parametrize("isa", ISAS)
+pytestmark = pytest.mark.parametrize("isa", USABLE)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:

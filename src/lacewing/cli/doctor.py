@@ -110,6 +110,8 @@ def isa_state(isa: dict[str, Any]) -> dict[str, Any]:
     formats = json.loads(probe.stdout)["formats"]
     wrong = [name for name, state in formats.items() if state != "ok"]
     why = f"wrong results: {', '.join(wrong)}" if wrong else f"{len(formats)} formats checked"
+    if isa.get("emulated"):
+        why += "; for tests, slow"
     return {"name": isa["name"], "runs": not wrong, "why": why}
 
 

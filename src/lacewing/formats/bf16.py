@@ -95,13 +95,23 @@ class Bf16(Dense):
             chains[i % 2] = _fma(rows[:, i, None], w[:, i], chains[i % 2])
         return add_bias(chains[0] + chains[1], bias)
 
-    def tolerance(self, x: npt.ArrayLike, packed: PackedTensor | Codes) -> F64:
+    def tolerance(self, x: npt.ArrayLike, packed: PackedTensor | Codes, tiles: bool = False) -> F64:
         """Largest error `[m, n]` of a two-chain f32 evaluation against exact arithmetic, without
-        bias: each of the k/2 + 1 roundings on the way of a product is off by 2^-24 at most."""
+        bias: each of the k/2 + 1 roundings on the way of a product is off by 2^-24 at most.
+
+        tiles: of AMX, which rounds the activations to bf16 first (`f32_to_bf16`), and whose steps
+        (no more of them) take subnormal numbers, operands and results, for zero.
+        """
         w = np.abs(self.dequantize(packed)).astype(np.float64)
         size = np.abs(check_activations(x, w.shape[1])).astype(np.float64)
         steps = w.shape[1] // 2 + 3
         out: F64 = size @ w.T * (steps * 2.0**-24 * 1.01) + steps * 2.0**-149
+        if not tiles:
+            return out
+        rounded = bf16_to_f32(f32_to_bf16(np.asarray(x, np.float32))).astype(np.float64)
+        moved = np.abs(rounded - np.asarray(x, np.float64)) @ w.T
+        flushed = (size.sum(axis=1)[:, None] + w.sum(axis=1) + 3 * steps) * 2.0**-126
+        out = moved + np.abs(rounded) @ w.T * (steps * 2.0**-24 * 1.01) + flushed
         return out
 
 
