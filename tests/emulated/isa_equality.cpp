@@ -143,6 +143,13 @@ void random_bytes(uint8_t* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<uint8_t>(random64() >> 56);
 }
 
+void random_bf16(uint8_t* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = below(16) ? random_float(-8, 2) : 0.0f;
+    __builtin_memcpy(p + 2 * i, reinterpret_cast<const uint8_t*>(&x) + 2, 2);
+  }
+}
+
 bool same(const char* a, const char* b) {
   for (; *a && *a == *b; ++a) ++b;
   return *a == *b;
@@ -150,7 +157,8 @@ bool same(const char* a, const char* b) {
 
 bool is_sparse(const FormatInfo& f) { return same(f.part_names[0], "stream"); }
 bool has_minimum(const FormatInfo& f) { return f.name[6] == '2' && f.name[7] == 'z'; }
-bool is_wide(const FormatInfo& f) { return f.name[1] == '8'; }  // w8
+bool is_24(const FormatInfo& f) { return same(f.part_names[0], "records"); }
+int bits_of(const FormatInfo& f) { return f.group == 0 ? 16 : f.name[1] - '0'; }  // bf16, w8, ..
 
 uint64_t random_bitmap(int density) {  // 0..4 quarters of ones
   switch (density) {
@@ -168,23 +176,27 @@ uint64_t random_bitmap(int density) {  // 0..4 quarters of ones
 }
 
 // One record at p, if p is not null. Returns its length.
-int64_t sparse_record(uint8_t* p, bool wide, int density, uint64_t seed) {
+int64_t sparse_record(uint8_t* p, int bits, int density, uint64_t seed) {
   const uint64_t saved = state;
   state = seed;  // the same record whether it is measured or written
+  const int scales = bits == 16 ? 0 : 32;
   int64_t counts[2] = {0, 0};
   for (int b = 0; b < 16; ++b) {
     const uint64_t bitmap = random_bitmap(density < 5 ? density : static_cast<int>(below(5)));
     counts[b / 8] += __builtin_popcountll(bitmap);
-    if (p) __builtin_memcpy(p + 32 + 8 * b, &bitmap, 8);
+    if (p) __builtin_memcpy(p + scales + 8 * b, &bitmap, 8);
   }
   const int64_t more = counts[0] > counts[1] ? counts[0] : counts[1];
-  const int64_t codes = ((wide ? counts[0] + counts[1] : more) + 1) & ~int64_t{1};
-  if (p) {
-    random_scales(p, 16);
-    random_bytes(p + 160, codes);
-  }
+  const int64_t all = counts[0] + counts[1];
+  const int64_t values = bits == 16 ? 2 * all : ((bits == 8 ? all : more) + 1) & ~int64_t{1};
+  if (p && scales) random_scales(p, 16);
+  uint8_t* at = p + scales + 128;
+  if (p && bits == 16)
+    random_bf16(at, all);
+  else if (p)
+    random_bytes(at, values);
   state = saved;
-  return 160 + codes;
+  return scales + 128 + values;
 }
 
 // Strips of random records, twice: to know the size, then to write.
@@ -198,7 +210,7 @@ void sparse_weight(PackedTensor& w, const FormatInfo& f) {
     for (int64_t s = 0; s < w.strips(); ++s) {
       offsets[s] = at;
       for (int64_t g = 0; g < groups; ++g, ++record)
-        at += sparse_record(stream ? stream + at : nullptr, is_wide(f),
+        at += sparse_record(stream ? stream + at : nullptr, bits_of(f),
                             static_cast<int>((seed + record) % 6), seed ^ (record * 0x10001));
       at = (at + 63) & ~int64_t{63};
     }
@@ -215,7 +227,7 @@ void sparse_weight(PackedTensor& w, const FormatInfo& f) {
 }
 
 int64_t dense_code_bytes(const FormatInfo& f, int64_t inputs) {  // of a strip
-  const int bits = f.name[1] - '0';
+  const int bits = bits_of(f);
   return bits == 1 ? 16 * inputs / 5 : 2 * bits * inputs;
 }
 
@@ -236,24 +248,37 @@ void dense_weight(PackedTensor& w, const FormatInfo& f) {
 
 void float_weight(PackedTensor& w, const FormatInfo& f) {
   const int64_t count = w.strips() * f.k_pad(w.k) * 16;
-  auto* p = slot<uint16_t>(kPart0, count);
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = below(16) ? random_float(-8, 2) : 0.0f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    p[i] = static_cast<uint16_t>(bits >> 16);
-  }
-  w.parts[0] = reinterpret_cast<uint8_t*>(p);
+  auto* p = slot<uint8_t>(kPart0, 2 * count);
+  random_bf16(p, count);
+  w.parts[0] = p;
   w.part_bytes[0] = static_cast<size_t>(count) * 2;
+}
+
+// Codes, 16 bitmaps with two bits in every four, scales.
+void weight_24(PackedTensor& w, const FormatInfo& f) {
+  const uint8_t pairs[] = {3, 5, 6, 9, 10, 12};
+  const int64_t codes = bits_of(f) == 8 ? 512 : 256, record = codes + 128 + 32;
+  const int64_t records = w.strips() * (f.k_pad(w.k) / 64);
+  auto* p = slot<uint8_t>(kPart0, records * record);
+  w.parts[0] = p;
+  w.part_bytes[0] = static_cast<size_t>(records * record);
+  for (int64_t i = 0; i < records; ++i, p += record) {
+    random_bytes(p, codes);
+    for (int j = 0; j < 128; ++j)
+      p[codes + j] = static_cast<uint8_t>(pairs[below(6)] | pairs[below(6)] << 4);
+    random_scales(p + codes + 128, 16);
+  }
 }
 
 PackedTensor random_weight(int format, int64_t n, int64_t k) {
   PackedTensor w{format, n, k, {nullptr, nullptr}, {0, 0}};
   const FormatInfo& f = kFormatInfo[format];
-  if (f.group == 0)
-    float_weight(w, f);
-  else if (is_sparse(f))
+  if (is_sparse(f))
     sparse_weight(w, f);
+  else if (is_24(f))
+    weight_24(w, f);
+  else if (f.group == 0)
+    float_weight(w, f);
   else
     dense_weight(w, f);
   if (const char* wrong = f.validate(w)) {
