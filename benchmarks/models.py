@@ -17,12 +17,17 @@ CACHE = HERE / ".cache"
 # The rival's type with the same bits per weight and the same kind of grid.
 RIVALS = {
     "bf16": "BF16",
+    "bf16_sp": "BF16",
+    "w8a8": "Q8_0",
     "w8a8g32": "Q8_0",
     "w8a8g64": "Q8_0",
     "w8a8g64_sp": "Q8_0",
+    "w8a8g64_24": "Q8_0",
     "w4a8g32": "Q4_0",
     "w4a8g64": "Q4_0",
+    "w4a8g128": "Q4_0",
     "w4a8g64_sp": "Q4_0",
+    "w4a8g64_24": "Q4_0",
     "w4a8g32z": "Q4_1",
     "w5a8g32z": "Q5_1",
 }
