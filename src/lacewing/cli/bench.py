@@ -99,7 +99,7 @@ def kernels(
     from lacewing.cli import kernels as timing
     from lacewing.native import check_isa, check_threads, compiled
 
-    for each in isa or [None]:  # type: ignore[list-item]
+    for each in isa or (None,):
         check_isa(each)
     check_threads(threads)
     used = threads or compiled().threads()

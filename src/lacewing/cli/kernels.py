@@ -214,11 +214,12 @@ def variants(plan: Plan) -> list[tuple[str, float | None]]:
     found: list[tuple[str, float | None]] = []
     for name in plan.formats:
         form = formats.get_format(name)
-        fixed = getattr(form, "fixed_sparsity", None)
         if not form.sparse:
             found.append((name, None))
+        elif form.fixed_sparsity:
+            found.append((name, form.fixed_sparsity))
         else:
-            found += [(name, each) for each in ([fixed] if fixed else plan.sparsities)]
+            found += [(name, each) for each in plan.sparsities]
     return found
 
 
