@@ -15,6 +15,7 @@
 #include "api/check.h"
 #include "api/module.h"
 #include "core/cpu.h"
+#include "core/dispatch.h"
 #include "core/memory.h"
 #include "core/pool.h"
 
@@ -108,24 +109,38 @@ double compute_peak(const std::string& kind, const Isa& isa, int threads, double
 
 // ---- where products switch from one driver to the next
 
-nb::dict gemv_rows(const Isa& isa) {
+nb::dict switches(Switch FormatKernels::*kind, const Isa& isa) {
   const KernelTable& table = table_of(isa);
   nb::dict all;
   for (int i = 0; i < kFormatCount; ++i) {
-    const Switch& gemv = table.formats[i].gemv;
+    const Switch& s = table.formats[i].*kind;
     nb::dict d;
-    d["rows"] = __atomic_load_n(gemv.rows, __ATOMIC_RELAXED);
-    d["default"] = gemv.standard;
-    d["most"] = gemv.most;
+    d["rows"] = __atomic_load_n(s.rows, __ATOMIC_RELAXED);
+    d["default"] = standard_of(s);
+    d["most"] = s.most;
     all[kFormatInfo[i].name] = d;
   }
   return all;
 }
 
+void set_switch(Switch FormatKernels::*kind, const char* what, const std::string& format,
+                const std::optional<int>& rows, const Isa& isa) {
+  const Switch& s = table_of(isa).formats[format_index(format)].*kind;
+  if (rows) require_range(what, *rows, 0, s.most);
+  __atomic_store_n(s.rows, rows.value_or(standard_of(s)), __ATOMIC_RELAXED);
+}
+
+nb::dict gemv_rows(const Isa& isa) { return switches(&FormatKernels::gemv, isa); }
+
 void set_gemv_rows(const std::string& format, const std::optional<int>& rows, const Isa& isa) {
-  const Switch& gemv = table_of(isa).formats[format_index(format)].gemv;
-  if (rows) require_range("set_gemv_rows: rows", *rows, 0, gemv.most);
-  __atomic_store_n(gemv.rows, rows.value_or(gemv.standard), __ATOMIC_RELAXED);
+  set_switch(&FormatKernels::gemv, "set_gemv_rows: rows", format, rows, isa);
+}
+
+nb::dict cpu_prefetch_rows(const Isa& isa) { return switches(&FormatKernels::cpu_prefetch, isa); }
+
+void set_cpu_prefetch_rows(const std::string& format, const std::optional<int>& rows,
+                           const Isa& isa) {
+  set_switch(&FormatKernels::cpu_prefetch, "set_cpu_prefetch_rows: rows", format, rows, isa);
 }
 
 // ---- the machine
@@ -311,6 +326,11 @@ void register_system(nb::module_& m) {
   m.def("gemv_rows", &gemv_rows, nb::arg("isa") = nb::none(),
         "Up to how many rows gemv takes a product: rows, default and most, by format.");
   m.def("set_gemv_rows", &set_gemv_rows, nb::arg("format"), nb::arg("rows").none(),
+        nb::arg("isa") = nb::none(), "Sets it, from 0 to `most`; None: the default.");
+  m.def(
+      "cpu_prefetch_rows", &cpu_prefetch_rows, nb::arg("isa") = nb::none(),
+      "Up to how many rows gemv leaves prefetching to the CPU: rows, default and most, by format.");
+  m.def("set_cpu_prefetch_rows", &set_cpu_prefetch_rows, nb::arg("format"), nb::arg("rows").none(),
         nb::arg("isa") = nb::none(), "Sets it, from 0 to `most`; None: the default.");
   m.def("cpu_info", &cpu_info, "What this CPU, operating system and container offer.");
   m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"),

@@ -53,8 +53,11 @@ bool request_tiles() {
 }
 
 Cpu read_cpu() {
-  const Leaf one = cpuid(1, 0), seven = cpuid(7, 0), extended = cpuid(0x80000001, 0);
-  Cpu cpu{one.ecx, seven.ebx, seven.ecx, seven.edx, extended.ecx, read_xcr0(one.ecx), false};
+  const Leaf vendor = cpuid(0, 0), one = cpuid(1, 0), seven = cpuid(7, 0);
+  const Leaf extended = cpuid(0x80000001, 0);
+  constexpr uint32_t kAuth = 0x68747541;  // "Auth" of "AuthenticAMD"
+  Cpu cpu{one.ecx,      seven.ebx,           seven.ecx,          seven.edx,
+          extended.ecx, vendor.ebx == kAuth, read_xcr0(one.ecx), false};
   cpu.tile_permitted = bit(cpu.leaf7_edx, 24) && request_tiles();
   return cpu;
 }

@@ -7,6 +7,7 @@ namespace lacewing {
 
 struct Cpu {
   uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, extended_ecx;  // CPUID
+  bool amd;             // its vendor, where kernels behave differently (Switch)
   uint64_t xcr0;        // register state that the OS saves
   bool tile_permitted;  // the kernel gives this process tile registers
 };

@@ -17,7 +17,23 @@ KernelTable with_tiles(const KernelTable& base, const TileKernels& tiles) {
   return table;
 }
 
+const Cpu& this_cpu() {
+  static const Cpu cpu = read_cpu();
+  return cpu;
+}
+
+// True once: every table's switches stand where this CPU wants them.
+bool set_switches() {
+  for (const KernelTable* table : {&kScalarTable, &kAvx2Table, &kAvx512Table})
+    for (const FormatKernels& format : table->formats)
+      for (const Switch* s : {&format.gemv, &format.cpu_prefetch})
+        __atomic_store_n(s->rows, standard_of(*s), __ATOMIC_RELAXED);
+  return true;
+}
+
 }  // namespace
+
+int standard_of(const Switch& s) { return this_cpu().amd ? s.on_amd : s.standard; }
 
 std::string isa_names() {
   int count;
@@ -28,7 +44,8 @@ std::string isa_names() {
 }
 
 const IsaStatus* isa_status(int* count) {
-  static const Cpu cpu = read_cpu();
+  const Cpu& cpu = this_cpu();
+  [[maybe_unused]] static const bool set = set_switches();
   static const char* const avx512 = missing_avx512(cpu);
   static const KernelTable amx = with_tiles(kAvx512Table, kAmxTable);
   // Everything but the tile instructions is what runs beside them, wherever the CPU allows it.

@@ -10,6 +10,9 @@ namespace lacewing {
 // "`scalar`, `avx2`, .."
 std::string isa_names();
 
+// What a switch is on this CPU before anything is set.
+int standard_of(const Switch& s);
+
 // The table called `name`, or null if there is none.
 const IsaStatus* find_isa(const std::string& name);
 

@@ -60,8 +60,9 @@ struct KvKernels {
 
 // Up to how many rows a product takes one way rather than the next; set at run time, atomically.
 struct Switch {
-  int* rows;           // 0..most
-  int standard, most;  // what it is before anything is set; what it may be
+  int* rows;             // 0..most
+  int standard, on_amd;  // what it is before anything is set, elsewhere and on AMD's CPUs
+  int most;              // what it may be
 };
 
 struct FormatKernels {
@@ -69,7 +70,8 @@ struct FormatKernels {
   // out[i, :k] = dequantized row ids[i] of w, `ldo` floats between rows.
   void (*gather_rows)(const PackedTensor& w, const int32_t* ids, int64_t count, float* out,
                       int64_t ldo);
-  Switch gemv;  // beyond: gemm
+  Switch gemv;          // beyond: gemm
+  Switch cpu_prefetch;  // beyond: gemv prefetches by software
 };
 
 struct KernelTable {

@@ -28,10 +28,9 @@ constexpr KernelTable make_table() {
   return {
       S::kName,
       {
-#define LACEWING_KERNELS(name, ...) \
-  {linear<S, __VA_ARGS__>,          \
-   gather_rows<S, __VA_ARGS__>,     \
-   {&gemv_limit<S, __VA_ARGS__>, gemv_rows<S, __VA_ARGS__>(), gemv_most<S, __VA_ARGS__>()}},
+#define LACEWING_KERNELS(name, ...)                                                    \
+  {linear<S, __VA_ARGS__>, gather_rows<S, __VA_ARGS__>, gemv_switch<S, __VA_ARGS__>(), \
+   cpu_prefetch_switch<S, __VA_ARGS__>()},
           LACEWING_FORMATS(LACEWING_KERNELS)
 #undef LACEWING_KERNELS
       },

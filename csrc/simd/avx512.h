@@ -167,7 +167,12 @@ struct Avx512 {
   static LW_INLINE U8x64 expand_u16(const uint8_t* bitmap, const uint8_t*& p) {
     uint32_t mask;
     __builtin_memcpy(&mask, bitmap, 4);
-    const __m512i v = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+    // Onto a register of zeros, which the compiler must not see through: the zeroing form waits for
+    // the old value of its destination on Zen 4 (5 cycles instead of 2; bf16_sp, one
+    // thread: 1.48x).
+    __m512i zeros = _mm512_setzero_si512();
+    __asm__("" : "+v"(zeros));
+    const __m512i v = _mm512_mask_expand_epi16(zeros, mask, _mm512_loadu_si512(p));
     p += 2 * _mm_popcnt_u32(mask);
     return {v};
   }

@@ -231,4 +231,10 @@ def set_gemv_rows(format: str, rows: int | None, isa: str | None = None) -> None
     """Sets it, from 0 to `most`; None restores the default. It changes speed, never a result of an
     integer format or of `bf16`."""
 
+def cpu_prefetch_rows(isa: str | None = None) -> dict[str, _Switch]:
+    """By format: up to how many rows, 0 or 1, gemv leaves prefetching to the CPU."""
+
+def set_cpu_prefetch_rows(format: str, rows: int | None, isa: str | None = None) -> None:
+    """Sets it, from 0 to `most`; None restores this CPU's default. It changes no result."""
+
 def cpu_info() -> _CpuInfo: ...

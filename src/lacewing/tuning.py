@@ -8,10 +8,12 @@ The file is JSON, `$LACEWING_TUNING` or `$XDG_CACHE_HOME/lacewing/tuning.json` (
 
     {"version": "0.1.0",              the version of Lacewing that measured
      "cpu": {"model": .., "features": [..], "caches": {..}},
-     "gemv_rows": {"avx512": {"w4a8g32": 8, ..}, ..}}
+     "gemv_rows": {"avx512": {"w4a8g32": 8, ..}, ..},
+     "cpu_prefetch_rows": {"avx512": {"w4a8g32": 1, ..}, ..}}
 
-`gemv_rows` says up to how many rows gemv takes a product. A switch of another kind is another key
-beside it, and one more line in `SWITCHES`.
+`gemv_rows` says up to how many rows gemv takes a product, `cpu_prefetch_rows` up to how many it
+leaves prefetching to the CPU. A switch of another kind is another key beside them, and one more
+line in `SWITCHES`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ Tuning = dict[str, dict[str, dict[str, int]]]
 """Switch, ISA, format: rows."""
 
 # Kind of switch: the functions of `_C` that tell and set it.
-SWITCHES = {"gemv_rows": ("gemv_rows", "set_gemv_rows")}
+SWITCHES = {
+    "gemv_rows": ("gemv_rows", "set_gemv_rows"),
+    "cpu_prefetch_rows": ("cpu_prefetch_rows", "set_cpu_prefetch_rows"),
+}
 _LARGEST = 1 << 20  # bytes; a table of every format is a few KB
 
 _log = logging.getLogger("lacewing")

@@ -237,11 +237,13 @@ def test_tune(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     try:
         status, out, err = call("bench", "kernels", "--tune", "--threads", "1", *options, "--json")
         assert status == 0, err
-        kept = json.loads((tmp_path / "t.json").read_text())["gemv_rows"]
-        assert kept == json.loads(out)["gemv_rows"]
-        for isa in fast:
-            now = compiled().gemv_rows(isa)
-            assert kept[isa] == {name: now[name]["rows"] for name in FORMATS}
+        written = json.loads((tmp_path / "t.json").read_text())
+        for switch, (tell, _) in tuning.SWITCHES.items():
+            kept = written[switch]
+            assert kept == json.loads(out)[switch]
+            for isa in fast:
+                now = getattr(compiled(), tell)(isa)
+                assert kept[isa] == {name: now[name]["rows"] for name in FORMATS}
         assert call("bench", "kernels", "--tune", "--threads", "1", *options).status == 0
     finally:
         tuning.reset(compiled())
@@ -256,6 +258,16 @@ def test_the_switch_follows_the_times() -> None:
     assert rows(4, [3, 3, 3, 3], [2, 2, 2, 2]) == 0
     assert rows(1, [1, 1, 1, 1], [2, 2, 2, 2]) == 4
     assert rows(2, [1, 1, 1, 1], [1.01, 1.01, 1, 1]) == 2  # noise is not an opinion
+
+    def by_cpu(default: int, prefetched: float, unprefetched: float | None) -> int:
+        each = tune.Crossing("avx2", "bf16", 1, [prefetched], [9.0], unprefetched, default)
+        return each.cpu_prefetch_rows
+
+    assert by_cpu(0, 2, 1) == 1
+    assert by_cpu(1, 1, 2) == 0
+    assert by_cpu(1, 1, 1.01) == 1
+    assert by_cpu(0, 1, 0.99) == 0
+    assert by_cpu(0, 1, None) == 0
 
 
 @pytest.mark.parametrize(

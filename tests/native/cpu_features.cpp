@@ -9,7 +9,7 @@ namespace {
 using lacewing::Cpu;
 
 // Everything there is, allowed by everybody.
-constexpr Cpu kAll{~0u, ~0u, ~0u, ~0u, ~0u, 0x602e7, true};
+constexpr Cpu kAll{~0u, ~0u, ~0u, ~0u, ~0u, false, 0x602e7, true};
 
 template <class Change>
 void show(const char* name, Change change) {

@@ -50,6 +50,13 @@ def test_results_do_not_depend_on_it(name: str, isa: str) -> None:
             assert _C.gemv_rows(isa)[name]["rows"] == rows
             assert (_C.linear(x, weight, isa=isa, threads=2) == expected).all()
         _C.set_gemv_rows(name, None, isa)
+    x = np.random.default_rng(1).standard_normal((1, 136), dtype=np.float32)
+    seen = []
+    for rows in range(_C.cpu_prefetch_rows(isa)[name]["most"] + 1):
+        _C.set_cpu_prefetch_rows(name, rows, isa)
+        assert _C.cpu_prefetch_rows(isa)[name]["rows"] == rows
+        seen.append(_C.linear(x, weight, isa=isa, threads=2))
+    assert all((each == seen[0]).all() for each in seen)
 
 
 def test_arguments_are_checked(isa: str) -> None:
@@ -57,6 +64,8 @@ def test_arguments_are_checked(isa: str) -> None:
     for rows in (-1, most + 1):
         with pytest.raises(ValueError, match="set_gemv_rows: rows must be in 0"):
             _C.set_gemv_rows("bf16", rows, isa)
+        with pytest.raises(ValueError, match="set_cpu_prefetch_rows: rows must be in 0"):
+            _C.set_cpu_prefetch_rows("bf16", rows, isa)
     with pytest.raises(ValueError, match="format must be one of"):
         _C.set_gemv_rows("w0", 1, isa)
     with pytest.raises(ValueError, match="isa must be"):
@@ -73,6 +82,17 @@ def test_it_is_kept(place: Path, isa: str, caplog: pytest.LogCaptureFixture) -> 
     assert _C.gemv_rows(isa)["w8a8g32"]["rows"] == 1
     assert _C.gemv_rows(isa)["bf16"]["rows"] == _C.gemv_rows(isa)["bf16"]["default"]
     assert not caplog.records
+
+
+def test_every_switch_is_kept(place: Path, isa: str) -> None:
+    most = _C.cpu_prefetch_rows(isa)["w8a8"]["most"]
+    for rows in range(most + 1):
+        tuning.write({"gemv_rows": {}, "cpu_prefetch_rows": {isa: {"w8a8": rows}}}, _C)
+        tuning.load(_C)
+        assert _C.cpu_prefetch_rows(isa)["w8a8"]["rows"] == rows
+    tuning.reset(_C)
+    now = _C.cpu_prefetch_rows(isa)
+    assert all(switch["rows"] == switch["default"] for switch in now.values())
 
 
 def test_it_is_loaded_with_the_module(place: Path) -> None:

@@ -178,6 +178,9 @@ def _check_writable(path: Path | None) -> None:
         raise typer.BadParameter(f"--svg: {path.absolute().parent} is no directory")
 
 
+_PREFETCHER = ("software", "CPU")
+
+
 def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: bool) -> None:
     from lacewing import tuning
     from lacewing.cli import kernels as timing
@@ -197,15 +200,27 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
         screen.print_json({"file": str(place), **table, "measured": [vars(row) for row in found]})
         return
     screen.print_table(
-        ("format", "isa", "gemv up to m", "default", "m=1 us", "m=8: gemv / gemm us"),
+        (
+            "format",
+            "isa",
+            "gemv up to m",
+            "default",
+            "m=8: gemv / gemm us",
+            "m=1 prefetched by",
+            "default",
+            "software / CPU us",
+        ),
         [
             (
                 row.format,
                 row.isa,
                 row.rows,
                 row.default,
-                f"{row.gemv[0] * 1e6:.0f}",
                 f"{row.gemv[-1] * 1e6:.0f} / {row.gemm[-1] * 1e6:.0f}",
+                _PREFETCHER[row.cpu_prefetch_rows],
+                _PREFETCHER[row.default_prefetch],
+                f"{row.gemv[0] * 1e6:.0f} / "
+                + ("-" if row.unprefetched is None else f"{row.unprefetched * 1e6:.0f}"),
             )
             for row in found
         ],
