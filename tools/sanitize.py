@@ -39,7 +39,7 @@ def build(folder: Path, sanitizers: str) -> None:
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "1")
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
     subprocess.run(["cmake", "--build", str(folder), "-j", jobs], check=True)
 
 
