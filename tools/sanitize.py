@@ -4,8 +4,9 @@
     python tools/sanitize.py --thread             ThreadSanitizer, the same
     python tools/sanitize.py -- tests/engine -x   other tests, options for pytest
 
-The build lies in build/sanitize (the first one takes some minutes) and does not touch the module
-that is installed. A finding ends the run with its report. Needs GCC's libasan, libubsan, libtsan.
+The build lies in .cache/sanitize (the first one takes some minutes) and touches neither the module
+that is installed nor build/, whose objects other tools check. A finding ends the run with its
+report. Needs GCC's libasan, libubsan, libtsan.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def main() -> int:
     parser.add_argument("pytest", nargs="*", help="tests and options for pytest")
     args = parser.parse_args()
     sanitizers = "thread" if args.thread else "address,undefined"
-    base = Path(os.environ.get("LACEWING_SANITIZE_DIR", ROOT / "build" / "sanitize"))
+    base = Path(os.environ.get("LACEWING_SANITIZE_DIR", ROOT / ".cache" / "sanitize"))
     folder = base / ("thread" if args.thread else "address")
     build(folder, sanitizers)
     site = assemble(folder)
