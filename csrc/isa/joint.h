@@ -27,6 +27,7 @@ template <class S>
 constexpr KernelTable make_table() {
   return {
       S::kName,
+      kLinearScratch,
       {
 #define LACEWING_KERNELS(name, ...) \
   {linear<S, __VA_ARGS__>,          \
