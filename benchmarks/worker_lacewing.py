@@ -10,6 +10,7 @@ from typing import Any
 
 import lacewing
 from lacewing import LLM, SamplingParams
+from lacewing.cli.memory import cold_bytes
 from lacewing.native import compiled
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,7 +50,7 @@ class Model:
 def bandwidth(threads: int, seconds: float) -> dict[str, Any]:
     """GB/s of reading a buffer larger than any cache."""
     isa = compiled().default_isa()
-    return {"gb_s": float(compiled().read_bandwidth(0, threads, isa, seconds))}
+    return {"gb_s": float(compiled().read_bandwidth(cold_bytes(), threads, isa, seconds))}
 
 
 def version() -> dict[str, Any]:
