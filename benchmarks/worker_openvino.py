@@ -16,7 +16,7 @@ import openvino_genai
 from worker import serve
 
 
-class Clock(openvino_genai.StreamerBase):  # type: ignore[misc]
+class Clock(openvino_genai.StreamerBase):
     def __init__(self) -> None:
         super().__init__()
         self.times: list[float] = []

@@ -84,7 +84,8 @@ def main() -> int:
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     wanted = args.pytest or TESTS
-    command = [sys.executable, "-c", START, str(site), "-q", "-p", "no:cacheprovider", *wanted]
+    command = [sys.executable, "-c", START, str(site), "-q", "-p", "no:cacheprovider"]
+    command += ["--capture=sys", *wanted]  # or a report would end in the file that replaces stderr
     return subprocess.run(command, cwd=ROOT, env=os.environ | options, check=False).returncode
 
 
