@@ -38,7 +38,7 @@ demo: $(DEMO)/lacewing.json
 test: $(STAMPS)/test $(STAMPS)/model
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-# A build of its own in build/sanitize; see tools/sanitize.py.
+# A build of its own in .cache/sanitize; see tools/sanitize.py.
 sanitize: $(STAMPS)/test
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) tools/sanitize.py
 
@@ -59,7 +59,7 @@ bench: $(STAMPS)/bench $(STAMPS)/model
 	$(PY) benchmarks/prefill.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build .cache/sanitize
 
 $(STAMPS)/venv:
 	@if [ -z '$(PYTHON)' ]; then \

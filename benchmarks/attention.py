@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 import harness
-
-sys.path.insert(0, str(harness.ROOT / "src"))
 
 KV_HEADS, GROUP = 8, 4
 TORCH = {"torch bf16": "bfloat16", "torch f32": "float32"}

@@ -22,23 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from lacewing.cli import worker
+from lacewing.errors import LacewingError
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
-class Worker:
-    """One engine in a process of its own, asked one JSON command a line."""
+class Worker(worker.Worker):
+    """One engine, run by `python`. What goes wrong with it ends the benchmark."""
 
     def __init__(self, python: Path | str, script: str) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT / "src")} if script == OURS else None
-        self.process = subprocess.Popen(
-            [str(python), str(HERE / script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=env,
-        )
+        self.name = f"{python} {script}"
+        super().__init__([str(python), str(HERE / script)], environment=env, quiet=True)
 
     @classmethod
     def lacewing(cls) -> Worker:
@@ -49,29 +48,10 @@ class Worker:
         return cls(python, "worker_llama.py")
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps({"verb": verb, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise SystemExit(f"error: {self.process.args} ended with code {code} at `{verb}`")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise SystemExit(f"error: {self.process.args} at `{verb}`: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            return super().ask(verb, **arguments)
+        except LacewingError as error:
+            raise SystemExit(f"error: {self.name} at `{verb}`: {error}") from error
 
 
 OURS = "worker_lacewing.py"
@@ -81,7 +61,7 @@ OURS = "worker_lacewing.py"
 class Candidate:
     """One engine with one model file in one format, and what it measured."""
 
-    engine: str  # "lacewing" or "llama.cpp"
+    engine: str  # "lacewing", or one of models.RIVALS
     format: str
     path: str
     worker: Worker

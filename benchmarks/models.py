@@ -1,21 +1,21 @@
-"""Model files for the benchmarks: packed directories for us, GGUF files of the same bits for the
-rival. They are kept in benchmarks/.cache and made again when the code that packs has changed."""
+"""Model files for the benchmarks: packed directories for us, files of the same bits for the rivals.
+They are kept in benchmarks/.cache, ours made again when the code that packs has changed."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import shutil
-import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import HERE, ROOT, Candidate, Worker, progress
 
 CACHE = HERE / ".cache"
-# The rival's type with the same bits per weight and the same kind of grid.
-RIVALS = {
+# llama.cpp's type with the same bits per weight and the same kind of grid.
+GGUF_KINDS = {
     "bf16": "BF16",
     "bf16_sp": "BF16",
     "w8a8": "Q8_0",
@@ -32,6 +32,30 @@ RIVALS = {
     "w5a8g32z": "Q5_1",
 }
 SPARSITY = 0.5  # of formats that end in _sp
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An engine beside ours. `kinds` is its type with the bits of our format, where it has one."""
+
+    python: str  # the argument that names its interpreter
+    script: str
+    kinds: dict[str, str]
+
+
+RIVALS = {
+    "llama.cpp": Rival("llama_python", "worker_llama.py", GGUF_KINDS),
+    "CTranslate2": Rival(
+        "ct2_python",
+        "worker_ct2.py",
+        {ours: "int8" for ours, kind in GGUF_KINDS.items() if kind == "Q8_0"},
+    ),
+    "OpenVINO": Rival(
+        "openvino_python",
+        "worker_openvino.py",
+        {ours: kind for ours, kind in GGUF_KINDS.items() if kind in ("Q8_0", "Q4_0")},
+    ),
+}
 
 
 def demo_model() -> Path:
@@ -59,7 +83,6 @@ def packed(source: Path, format: str) -> Path:
 
 
 def pack(source: Path, format: str, out: Path) -> None:
-    sys.path.insert(0, str(ROOT / "src"))
     from lacewing.checkpoint import write_packed
 
     progress(f"packing {source.name} as {format}")
@@ -77,26 +100,44 @@ def gguf_source(source: Path) -> Path:
     return path
 
 
-def rival(source: Path, kind: str, llama_python: Path, threads: int) -> Path:
-    """The rival's file of `kind`: the source where it is one, else by the rival's quantizer."""
+def gguf(source: Path, kind: str, args: Any) -> Path:
+    """The GGUF file of `kind`: the source where it is one, else by llama.cpp's own quantizer."""
     origin = gguf_source(source)
     beside = origin.with_name(origin.name.replace("BF16", kind))
     if kind in origin.name or (beside != origin and beside.exists()):
         return beside
     out = CACHE / f"{source.stem}-{kind}.gguf"
     if not out.exists():
+        if not args.llama_python:
+            raise SystemExit(f"error: {out} is missing\nhint: --llama-python, which makes it")
         CACHE.mkdir(parents=True, exist_ok=True)
         progress(f"quantizing {origin.name} as {kind}")
         part = out.with_suffix(".part")
-        with Worker.llama(llama_python) as worker:
-            worker.ask("quantize", source=str(origin), target=str(part), kind=kind, threads=threads)
+        command = {"source": str(origin), "target": str(part), "kind": kind}
+        with Worker.llama(args.llama_python) as worker:
+            worker.ask("quantize", **command, threads=args.threads)
+        part.rename(out)
+    return out
+
+
+def converted(source: Path, kind: str, args: Any) -> Path:
+    """CTranslate2's directory of a Hugging Face one."""
+    if source.suffix == ".gguf":
+        raise SystemExit(f"error: CTranslate2 reads Hugging Face directories, not {source.name}")
+    out = CACHE / f"{source.name}-ct2-{kind}"
+    if not out.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        progress(f"converting {source.name} to CTranslate2 {kind}")
+        part = out.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        with Worker(args.ct2_python, RIVALS["CTranslate2"].script) as worker:
+            worker.ask("convert", source=str(source), target=str(part), kind=kind)
         part.rename(out)
     return out
 
 
 def gguf_bytes(path: Path) -> int:
     """Bytes of the weights that a token reads."""
-    sys.path.insert(0, str(ROOT / "src"))
     from lacewing.checkpoint.gguf import read_gguf
 
     tensors = read_gguf(path).tensors
@@ -105,23 +146,37 @@ def gguf_bytes(path: Path) -> int:
 
 
 def candidates(args: Any, stack: ExitStack) -> list[Candidate]:
-    """Every format and, with `--llama-python`, each of their rivals; loaded, each in a worker."""
+    """Every format and their types of each rival whose interpreter is given; loaded, each in a
+    worker."""
     source = Path(args.model).resolve() if args.model else demo_model()
-    files = [("lacewing", format, packed(source, format)) for format in args.formats]
-    if args.llama_python:
-        kinds = dict.fromkeys(RIVALS[format] for format in args.formats)
-        files += [
-            ("llama.cpp", kind, rival(source, kind, args.llama_python, args.threads))
-            for kind in kinds
-        ]
-    return [open_candidate(*file, args, stack) for file in files]
+    found = [open_ours(source, format, args, stack) for format in args.formats]
+    for engine, rival in RIVALS.items():
+        if getattr(args, rival.python):
+            kinds = [rival.kinds[format] for format in args.formats if format in rival.kinds]
+            found += [open_rival(engine, source, k, args, stack) for k in dict.fromkeys(kinds)]
+    return found
 
 
-def open_candidate(engine: str, format: str, path: Path, args: Any, stack: ExitStack) -> Candidate:
-    ours = engine == "lacewing"
-    worker = stack.enter_context(Worker.lacewing() if ours else Worker.llama(args.llama_python))
-    candidate = Candidate(engine, format, str(path), worker)
+def open_ours(source: Path, format: str, args: Any, stack: ExitStack) -> Candidate:
+    candidate = load("lacewing", format, packed(source, format), Worker.lacewing(), args, stack)
+    candidate.weight_bytes = candidate.worker.ask("weight_bytes")["bytes"]
+    return candidate
+
+
+def open_rival(engine: str, source: Path, kind: str, args: Any, stack: ExitStack) -> Candidate:
+    rival = RIVALS[engine]
+    path = (converted if engine == "CTranslate2" else gguf)(source, kind, args)
+    worker = Worker(getattr(args, rival.python), rival.script)
+    candidate = load(engine, kind, path, worker, args, stack)
+    whole = path / "model.bin"  # an untied embedding counts as read, too
+    candidate.weight_bytes = whole.stat().st_size if path.is_dir() else gguf_bytes(path)
+    return candidate
+
+
+def load(
+    engine: str, format: str, path: Path, worker: Worker, args: Any, stack: ExitStack
+) -> Candidate:
+    candidate = Candidate(engine, format, str(path), stack.enter_context(worker))
     loaded = worker.ask("load", path=str(path), threads=args.threads, n_ctx=args.context)
     candidate.load_seconds = loaded["seconds"]
-    candidate.weight_bytes = loaded["weight_bytes"] if ours else gguf_bytes(path)
     return candidate

@@ -10,7 +10,7 @@ import speed
 
 
 def main() -> None:
-    parser = speed.parser("Prefill speed of Lacewing and llama.cpp, interleaved.")
+    parser = speed.parser("Prefill speed of Lacewing and its rivals, interleaved.")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     args = parser.parse_args()
     args.tokens = 1

@@ -19,8 +19,10 @@ FORMATS = ["bf16", "w8a8g32", "w4a8g32", "w4a8g32z"]
 def parser(description: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=description)
     out.add_argument("model", nargs="?", help="GGUF file or directory; default: SmolLM2-135M")
-    out.add_argument("--formats", nargs="+", default=FORMATS, choices=list(models.RIVALS))
+    out.add_argument("--formats", nargs="+", default=FORMATS, choices=list(models.GGUF_KINDS))
     out.add_argument("--llama-python", type=Path, help="interpreter that has llama-cpp-python")
+    out.add_argument("--ct2-python", type=Path, help="interpreter that has ctranslate2")
+    out.add_argument("--openvino-python", type=Path, help="interpreter that has openvino-genai")
     out.add_argument("--context", type=int, default=1024)
     harness.add_common_arguments(out)
     return out
@@ -50,33 +52,34 @@ def run(kind: str, args: argparse.Namespace, measure: Callable[[Candidate, int],
         print("saved", harness.save(kind, kept, args.threads))
 
 
-def partner(candidate: Candidate, found: list[Candidate]) -> Candidate | None:
-    """The rival with the same bits."""
+def ratios(candidate: Candidate, found: list[Candidate]) -> dict[str, tuple[str, float]]:
+    """By rival, its type with the same bits and the median over the rounds of ours / theirs: what
+    disturbs a whole round cancels."""
     if candidate.engine != "lacewing":
-        return None
-    kind = models.RIVALS[candidate.format]
-    return next((c for c in found if c.engine != "lacewing" and c.format == kind), None)
-
-
-def ratio(candidate: Candidate, found: list[Candidate]) -> float | None:
-    """Median over the rounds of ours / theirs: what disturbs a whole round cancels."""
-    other = partner(candidate, found)
-    if other is None:
-        return None
-    return median(a / b for a, b in zip(candidate.values, other.values, strict=True))
+        return {}
+    return {
+        other.engine: (
+            other.format,
+            median(a / b for a, b in zip(candidate.values, other.values, strict=True)),
+        )
+        for other in found
+        if other.engine != "lacewing"
+        and models.RIVALS[other.engine].kinds.get(candidate.format) == other.format
+    }
 
 
 def show(kind: str, found: list[Candidate], roof: float) -> None:
     decode = kind.startswith("decode")
-    head = ["", "MB", "tokens/s", "min", "max", "of memory", "x rival", "rival"]
+    rivals = [engine for engine in models.RIVALS if any(c.engine == engine for c in found)]
+    head = ["", "MB", "tokens/s", "min", "max", "of memory", *(f"x {engine}" for engine in rivals)]
     rows = []
     for c in found:
-        other, times = partner(c, found), ratio(c, found)
+        times = ratios(c, found)
         share = f"{c.median * c.weight_bytes / 1e9 / roof:.0%}" if decode else "-"
+        beside = [f"{times[r][1]:.2f} {times[r][0]}" if r in times else "-" for r in rivals]
         rows.append(
             [c.name, f"{c.weight_bytes / 1e6:.0f}", f"{c.median:.1f}", f"{min(c.values):.1f}",
-             f"{max(c.values):.1f}", share, f"{times:.2f}" if times else "-",
-             other.format if other else "-"]
+             f"{max(c.values):.1f}", share, *beside]
         )  # fmt: skip
     harness.table(f"{kind}: memory reads {roof:.1f} GB/s", head, rows)
 
@@ -96,9 +99,9 @@ def record(
         if kind == "decode":  # a prompt reads the weights once for many tokens
             share = candidate.median * candidate.weight_bytes / 1e9 / roof
             row["bandwidth_share"] = round(share, 3)
-        times = ratio(candidate, found)
-        if times is not None:
-            row["times_rival"] = round(times, 3)
+        times = ratios(candidate, found)
+        if times:
+            row["times"] = {f"{r} {theirs}": round(x, 3) for r, (theirs, x) in times.items()}
         rows.append(row)
     model = Path(args.model).name if args.model else models.demo_model().name
     label = args.label or Path(model).stem

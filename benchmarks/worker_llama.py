@@ -1,20 +1,17 @@
-"""Worker: llama.cpp through llama-cpp-python's low-level API, one JSON command a line.
+"""Worker: llama.cpp through llama-cpp-python's low-level API (see worker.py).
 
-Runs under the rival's own interpreter (standard library and llama_cpp only), so that its thread
-pool never shares a process with ours. Between commands it blocks on stdin and uses no CPU.
 The C API is called directly: no Python sampler, no copy of the logits, greedy sampling in C.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import sys
 import time
 from typing import Any
 
 import llama_cpp as lc
+from worker import serve
 
 N_BATCH = 512
 
@@ -95,34 +92,6 @@ def version() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    # llama.cpp's own messages go to stderr; keep stdout for answers alone.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    lc.llama_backend_init()
-    model: Model | None = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        verb = command.pop("verb")
-        try:
-            if verb == "load":
-                if model:
-                    model.close()
-                start = time.perf_counter()
-                model = Model(**command)
-                answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
-            elif verb == "version":
-                answer = version()
-            elif verb == "quantize":
-                answer = quantize(**command)
-            elif model is None:
-                raise RuntimeError("no model is loaded")
-            else:
-                answer = getattr(model, verb)(**command)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    lc.llama_backend_init()
+    serve(Model, version=version, quantize=quantize)

@@ -4,8 +4,9 @@
     python tools/sanitize.py --thread             ThreadSanitizer, the same
     python tools/sanitize.py -- tests/engine -x   other tests, options for pytest
 
-The build lies in build/sanitize (the first one takes some minutes) and does not touch the module
-that is installed. A finding ends the run with its report. Needs GCC's libasan, libubsan, libtsan.
+The build lies in .cache/sanitize (the first one takes some minutes) and touches neither the module
+that is installed nor build/, whose objects other tools check. A finding ends the run with its
+report. Needs GCC's libasan, libubsan, libtsan.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def build(folder: Path, sanitizers: str) -> None:
     if shutil.which("ninja"):
         configure += ["-G", "Ninja"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "1")
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
     subprocess.run(["cmake", "--build", str(folder), "-j", jobs], check=True)
 
 
@@ -72,7 +73,7 @@ def main() -> int:
     parser.add_argument("pytest", nargs="*", help="tests and options for pytest")
     args = parser.parse_args()
     sanitizers = "thread" if args.thread else "address,undefined"
-    base = Path(os.environ.get("LACEWING_SANITIZE_DIR", ROOT / "build" / "sanitize"))
+    base = Path(os.environ.get("LACEWING_SANITIZE_DIR", ROOT / ".cache" / "sanitize"))
     folder = base / ("thread" if args.thread else "address")
     build(folder, sanitizers)
     site = assemble(folder)
@@ -83,7 +84,8 @@ def main() -> int:
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     wanted = args.pytest or TESTS
-    command = [sys.executable, "-c", START, str(site), "-q", "-p", "no:cacheprovider", *wanted]
+    command = [sys.executable, "-c", START, str(site), "-q", "-p", "no:cacheprovider"]
+    command += ["--capture=sys", *wanted]  # or a report would end in the file that replaces stderr
     return subprocess.run(command, cwd=ROOT, env=os.environ | options, check=False).returncode
 
 

@@ -83,7 +83,7 @@ class Workspace {
   Memory memory_;
 };
 thread_local Workspace activations_space(size_t{64} << 20);
-thread_local Workspace scratch_space(kLinearScratch* Pool::kMaxThreads);
+thread_local Workspace scratch_space(kTileScratch* Pool::kMaxThreads);
 
 // Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
 Rows take_rows(const Tensor& t, int64_t m) {
@@ -113,7 +113,8 @@ struct LinearRun {
     const Rows rows = take_rows(weight, m);
     Pool& pool = Pool::instance();
     const int count = pool.resolve(threads);
-    uint8_t* scratch = scratch_space.take(kLinearScratch * static_cast<size_t>(count));
+    const size_t each = table.linear_scratch;
+    uint8_t* scratch = scratch_space.take(each * static_cast<size_t>(count));
     Barrier quantized(count, pool.may_spin(count));
     pool.run(count, [&](int tid, int n) {
       quantize_share(table, x, w.k, rows, tid, n);
@@ -121,7 +122,7 @@ struct LinearRun {
       const int64_t strips = w.strips(), begin = strips * tid / n, end = strips * (tid + 1) / n;
       if (begin < end)
         table.formats[w.format].linear({&w, &rows, bias, y, w.n, false, begin, end,
-                                        scratch + kLinearScratch * static_cast<size_t>(tid)});
+                                        scratch + each * static_cast<size_t>(tid)});
     });
   }
 };
@@ -166,7 +167,7 @@ void linear_into(const Floats2& x, const Tensor& w, const Output& y,
   quantize_share(table, x.data(), w.w.k, rows, 0, 1);
   table.formats[w.w.format].linear({&w.w, &rows, bias ? bias->data() : nullptr, y.data(),
                                     static_cast<int64_t>(y.shape(1)), accumulate, first, last,
-                                    scratch_space.take(kLinearScratch)});
+                                    scratch_space.take(table.linear_scratch)});
 }
 
 nb::object gather(const Tensor& w, const Ints1& ids, const Isa& isa) {

@@ -36,16 +36,6 @@ int threads() { return Pool::instance().threads(); }
 
 // ---- bandwidth
 
-// Four times the last-level cache, so that reading in turn finds nothing of it there, as far as a
-// quarter of the free memory allows.
-size_t cold_bytes() {
-  const auto bytes = [](int64_t x) { return static_cast<size_t>(std::max<int64_t>(x, 0)); };
-  const size_t cache = bytes(sysconf(_SC_LEVEL3_CACHE_SIZE));
-  const size_t free = bytes(sysconf(_SC_AVPHYS_PAGES)) * bytes(sysconf(_SC_PAGESIZE));
-  const size_t least = size_t{256} << 20;
-  return std::max(least, std::min(4 * cache, free / 4));
-}
-
 constexpr size_t kPage = 4096;
 
 // Seconds of one pass of all threads over their contiguous parts.
@@ -63,12 +53,12 @@ double read_once(const KernelTable& table, const Memory& memory, int threads,
 
 // Best pass: other processes can only make one slower.
 double read_bandwidth(int64_t bytes, int threads, const Isa& isa, double seconds) {
-  require_range("read_bandwidth: bytes", bytes, 0, int64_t{1} << 40);
+  require_range("read_bandwidth: bytes", bytes, 1 << 20, int64_t{1} << 40);
   require_range("read_bandwidth: threads", threads, 0, Pool::kMaxThreads);
   require(seconds > 0 && seconds <= 60, "read_bandwidth: seconds must be in 0..60");
   const KernelTable& table = table_of(isa);
   nb::gil_scoped_release release;
-  const Memory memory(std::max(static_cast<size_t>(bytes), cold_bytes()));
+  const Memory memory(static_cast<size_t>(bytes));
   std::memset(memory.data(), 1, memory.size());  // or all pages would be one page of zeros
   std::atomic<uint64_t> sink{0};
   double best = read_once(table, memory, threads, sink);
@@ -317,9 +307,9 @@ void register_system(nb::module_& m) {
   m.def("set_threads", &set_threads, nb::arg("n"),
         "Threads of the pool; 0: the machine's default.");
   m.def("threads", &threads, "Threads of the pool by default.");
-  m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes") = 0, nb::arg("threads") = 0,
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads") = 0,
         nb::arg("isa") = nb::none(), nb::arg("seconds") = 0.5,
-        "Best GB/s of reading a buffer of `bytes`, at least 256 MB, from DRAM.");
+        "Best GB/s of reading a buffer of `bytes` in turn, at least 1 MiB of them.");
   m.def("compute_peak", &compute_peak, nb::arg("kind"), nb::arg("isa") = nb::none(),
         nb::arg("threads") = 0, nb::arg("seconds") = 0.2,
         "Best GOP/s of multiplying and adding in registers, `int8` or `float`.");

@@ -38,24 +38,17 @@ struct TileBlock {
   Tiles& t;
 
   LW_INLINE void zero() const {
-    t.template zero<0>();
-    if constexpr (Strips > 1) t.template zero<1>();
-    if constexpr (RowTiles > 1) t.template zero<2>();
-    if constexpr (RowTiles > 1 && Strips > 1) t.template zero<3>();
+    each([&]<int T>() __attribute__((always_inline)) { t.template zero<T>(); });
   }
   LW_INLINE void load(const TilePlace& c) const {
-    const int64_t stride = 4 * c.stride;
-    t.template load<0>(c.tile(0, 0), stride);
-    if constexpr (Strips > 1) t.template load<1>(c.tile(0, 1), stride);
-    if constexpr (RowTiles > 1) t.template load<2>(c.tile(1, 0), stride);
-    if constexpr (RowTiles > 1 && Strips > 1) t.template load<3>(c.tile(1, 1), stride);
+    each([&]<int T>() __attribute__((always_inline)) {
+      t.template load<T>(c.tile(T / 2, T % 2), 4 * c.stride);
+    });
   }
   LW_INLINE void store(const TilePlace& c) const {
-    const int64_t stride = 4 * c.stride;
-    t.template store<0>(c.tile(0, 0), stride);
-    if constexpr (Strips > 1) t.template store<1>(c.tile(0, 1), stride);
-    if constexpr (RowTiles > 1) t.template store<2>(c.tile(1, 0), stride);
-    if constexpr (RowTiles > 1 && Strips > 1) t.template store<3>(c.tile(1, 1), stride);
+    each([&]<int T>() __attribute__((always_inline)) {
+      t.template store<T>(c.tile(T / 2, T % 2), 4 * c.stride);
+    });
   }
   // a: two tiles of rows, from L2 and not worth a place in L1; b0, b1: a tile of each strip, in L1.
   LW_INLINE void step(const uint8_t* a, const uint8_t* b0, const uint8_t* b1) const {
@@ -72,6 +65,15 @@ struct TileBlock {
   }
 
  private:
+  // f<T>() for the tiles of sums that there are.
+  template <class F>
+  static LW_INLINE void each(F f) {
+    f.template operator()<0>();
+    if constexpr (Strips > 1) f.template operator()<1>();
+    if constexpr (RowTiles > 1) f.template operator()<2>();
+    if constexpr (RowTiles > 1 && Strips > 1) f.template operator()<3>();
+  }
+
   template <int C, int A, int B>
   LW_INLINE void dot() const {
     if constexpr (Dot == TileDot::bf16)

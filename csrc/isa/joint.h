@@ -27,6 +27,7 @@ template <class S>
 constexpr KernelTable make_table() {
   return {
       S::kName,
+      kLinearScratch,
       {
 #define LACEWING_KERNELS(name, ...)                                                    \
   {linear<S, __VA_ARGS__>, gather_rows<S, __VA_ARGS__>, gemv_switch<S, __VA_ARGS__>(), \

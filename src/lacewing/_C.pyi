@@ -214,9 +214,9 @@ def threads() -> int:
     CPUs in the cgroup quota."""
 
 def read_bandwidth(
-    bytes: int = 0, threads: int = 0, isa: str | None = None, seconds: float = 0.5
+    bytes: int, threads: int = 0, isa: str | None = None, seconds: float = 0.5
 ) -> float:
-    """GB/s of reading a buffer of `bytes` (at least 256 MB) from DRAM; the best pass of several."""
+    """GB/s of reading a buffer of `bytes` (at least 1 MiB) in turn; the best pass of several."""
 
 def compute_peak(
     kind: Literal["int8", "float"], isa: str | None = None, threads: int = 0, seconds: float = 0.2

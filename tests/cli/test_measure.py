@@ -11,21 +11,20 @@ import pytest
 
 from lacewing import tuning
 from lacewing.checkpoint import Report
-from lacewing.cli import doctor, kernels, probe, rivals, roofline, tune
+from lacewing.cli import doctor, kernels, memory, probe, rivals, roofline, tune
 from lacewing.cli.kernelreport import Roofs, roof_is_doubtful
 from lacewing.cli.opening import roundings
 from lacewing.formats import FORMATS
 from lacewing.native import compiled
 from tests.cli.conftest import Call
 
-SMALL = 8 << 20
+SMALL = 1 << 20
 
 
 @pytest.fixture(autouse=True)
 def small_working_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches may hold these: the figures mean nothing, and come at once."""
-    monkeypatch.setattr(doctor, "working_set", lambda: SMALL)
-    monkeypatch.setattr(kernels, "working_set", lambda: 1 << 16)
+    monkeypatch.setattr(memory, "cold_bytes", lambda: SMALL)
     monkeypatch.setattr(rivals, "installed", lambda: False)
 
 

@@ -337,7 +337,7 @@ void linear(const KernelTable& t, const PackedTensor& w, const Rows& x, int vari
   if (variant == 2)
     for (int64_t r = 0; r < x.m; ++r) memcpy(y + r * ldy, bias, static_cast<size_t>(w.n) * 4);
   const int64_t middle = variant == 2 ? w.strips() / 2 : 0;
-  void* scratch = slot<uint8_t>(kScratch, kLinearScratch);
+  void* scratch = slot<uint8_t>(kScratch, t.linear_scratch);
   const LinearArgs args{&w, &x, bias, y, ldy, variant == 2, 0, middle, scratch};
   LinearArgs rest = args;
   rest.strip_begin = middle;

@@ -16,6 +16,7 @@ from lacewing import _C, formats
 from lacewing.native import tensor
 
 Array = np.ndarray[Any, Any]
+MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +100,11 @@ def test_ctrl_c_reaches_python() -> None:
     code = """
 import os, signal, threading, time
 from lacewing import _C
-_C.read_bandwidth(0, 2, None, 0.01)
+_C.read_bandwidth(64 << 20, 2, None, 0.01)
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     while True:
-        _C.read_bandwidth(0, 2, None, 0.05)
+        _C.read_bandwidth(64 << 20, 2, None, 0.05)
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -114,20 +115,20 @@ def test_it_ends_on_a_signal() -> None:
     code = """
 import os, signal
 from lacewing import _C
-_C.read_bandwidth(0, 2, None, 0.01)
+_C.read_bandwidth(64 << 20, 2, None, 0.01)
 os.kill(os.getpid(), signal.SIGTERM)
 """
     assert run(code).returncode == -signal.SIGTERM
 
 
 def test_bandwidth() -> None:
-    assert 0.1 < _C.read_bandwidth(0, 1, None, 0.05) < 10_000
+    assert 0.1 < _C.read_bandwidth(MIB, 1, None, 0.05) < 10_000
     for arguments, message in [
-        ((-1, 1, None, 0.1), "bytes must be in"),
-        ((0, -1, None, 0.1), "threads must be in"),
-        ((0, 1, None, 0.0), "seconds must be in"),
-        ((0, 1, None, float("nan")), "seconds must be in"),
-        ((0, 1, "neon", 0.1), "isa must be"),
+        ((MIB - 1, 1, None, 0.1), "bytes must be in"),
+        ((MIB, -1, None, 0.1), "threads must be in"),
+        ((MIB, 1, None, 0.0), "seconds must be in"),
+        ((MIB, 1, None, float("nan")), "seconds must be in"),
+        ((MIB, 1, "neon", 0.1), "isa must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             _C.read_bandwidth(*arguments)

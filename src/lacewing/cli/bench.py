@@ -97,6 +97,7 @@ def kernels(
     """Every format's linear layer, read from memory, against this machine's roofs."""
     from lacewing import formats
     from lacewing.cli import kernels as timing
+    from lacewing.cli import memory
     from lacewing.native import check_isa, check_threads, compiled
 
     for each in isa or (None,):
@@ -118,7 +119,7 @@ def kernels(
         used,
         seconds,
         hot,
-        timing.working_set(),
+        memory.cold_bytes(),
     )
     _measure_kernels(plan, rivals, svg, as_json)
 
@@ -183,8 +184,7 @@ _PREFETCHER = ("software", "CPU")
 
 def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: bool) -> None:
     from lacewing import tuning
-    from lacewing.cli import kernels as timing
-    from lacewing.cli import tune
+    from lacewing.cli import memory, tune
     from lacewing.native import compiled
 
     tuning.own_path()  # an error before the work, not after
@@ -192,7 +192,7 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
     usable = [each["name"] for each in compiled().isas() if each["usable"]]
     chosen = isas or tuple(name for name in usable if name not in ("scalar", "amx_emulated"))
     with screen.progress("tuning") as advance:
-        found = tune.measure(names, chosen, threads, timing.working_set(), 3, advance)
+        found = tune.measure(names, chosen, threads, memory.cold_bytes(), 3, advance)
     table = tune.as_tuning(found)
     place = tuning.write(table, compiled())
     tuning.apply(table, compiled())

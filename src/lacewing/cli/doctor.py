@@ -117,10 +117,11 @@ def isa_state(isa: dict[str, Any]) -> dict[str, Any]:
 
 def measure_bandwidth(seconds: float, threads: int | None = None) -> dict[int, float]:
     """GB/s read from memory with 1..N threads (or with `threads` alone), fastest ISA."""
+    from lacewing.cli import memory
     from lacewing.native import compiled
 
     native = compiled()
-    size = working_set()
+    size = memory.cold_bytes()
     fastest = [isa["name"] for isa in native.isas() if isa["usable"]][-1]
     counts = [threads] if threads else range(1, native.threads() + 1)
     return {count: native.read_bandwidth(size, count, fastest, seconds) for count in _steps(counts)}
@@ -130,13 +131,6 @@ def _steps(counts: Any) -> list[int]:
     """Every count up to 4, then powers of two and the last: enough to see the knee."""
     known = list(counts)
     return [c for c in known if c <= 4 or c == known[-1] or c & (c - 1) == 0]
-
-
-def working_set() -> int:
-    """Bytes to read so that no cache holds them: 1 GiB, or a quarter of what is free."""
-    from lacewing.engine.runner import available_memory
-
-    return min(1 << 30, (available_memory() or 1 << 30) // 4)
 
 
 def _show(found: dict[str, Any]) -> None:

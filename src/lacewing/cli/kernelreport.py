@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lacewing.cli import screen
-from lacewing.cli.kernels import LEAST_COLD, KernelTime, Plan, last_level_cache
+from lacewing.cli.kernels import LEAST_COLD, KernelTime, Plan
+from lacewing.cli.memory import last_level_cache
 from lacewing.native import compiled
 
 KINDS = ("int8", "float")

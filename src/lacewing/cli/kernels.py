@@ -22,8 +22,7 @@ from lacewing.errors import FormatError, RequestError
 from lacewing.formats.base import aligned_empty
 from lacewing.native import compiled, tensor
 
-COLD = 2.5  # times the last-level cache
-LEAST_COLD = 2.0  # below, a figure may be that of a cache
+LEAST_COLD = 2.0  # times the last-level cache: below, a figure may be that of the cache
 _HOT_CALLS = 8  # calls per round where the weights stay in the caches
 _LEAST_ROUNDS = 5
 
@@ -161,20 +160,6 @@ def _aligned_copy(part: np.ndarray) -> np.ndarray:
 
 
 # ---- memory
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the CPU reports; 32 MiB if it tells none."""
-    return max(compiled().cpu_info()["caches"].values(), default=0) or 32 << 20
-
-
-def working_set() -> int:
-    """Bytes to rotate weights through so that no cache holds them, as free memory allows."""
-    from lacewing.engine.runner import available_memory
-
-    wanted = max(256 << 20, int(COLD * last_level_cache()))
-    free = available_memory()
-    return wanted if free is None else min(wanted, free // 2)
 
 
 def check_memory(plan: Plan, rivals: int) -> None:

@@ -4,16 +4,13 @@ while ours are measured, and the other way round."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 from lacewing.cli import screen
 from lacewing.cli.kernels import Plan
+from lacewing.cli.worker import Worker
 from lacewing.errors import LacewingError
 
 COMMAND = (sys.executable, "-m", "lacewing.cli.torch_worker")
@@ -53,15 +50,13 @@ class TorchWeight:
         return times
 
 
-class Torch:
-    """The process. Raises LacewingError when it ends or cannot do what it is asked."""
+class Torch(Worker):
+    """PyTorch's process."""
 
     kinds = ("bf16", "int8")
 
     def __init__(self, threads: int) -> None:
-        self._process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        super().__init__(COMMAND, hint="run without torch: --no-rivals")
         try:
             facts = self.ask("start", threads=threads)
         except BaseException:
@@ -84,39 +79,3 @@ class Torch:
 
     def drop(self) -> None:
         self.ask("drop")
-
-    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        assert self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps({"verb": verb, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise LacewingError(
-                f"the process with torch ended with code {self._process.wait()}",
-                hint="run without it: --no-rivals",
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise LacewingError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
-        self._process.wait()
-
-    def __enter__(self) -> Torch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -1,0 +1,41 @@
+"""The loop of every worker: a JSON command a line on stdin, its answer a line on stdout.
+
+Standard library only: rivals run it under interpreters of their own, so that no thread pool shares
+a process with ours. Between commands it blocks on stdin and uses no CPU. `harness.Worker` asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def serve(model: Callable[..., Any], **verbs: Callable[..., dict[str, Any]]) -> None:
+    """Answers `load` by making a `model`, which has `close`; `verbs` by calling them; everything
+    else by calling the loaded model's method."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an engine prints goes to stderr: stdout is for answers alone
+    loaded: Any = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        verb = command.pop("verb")
+        try:
+            if verb == "load":
+                if loaded:
+                    loaded.close()
+                start = time.perf_counter()
+                loaded = model(**command)
+                answer = {"seconds": time.perf_counter() - start}
+            elif verb in verbs:
+                answer = verbs[verb](**command)
+            elif loaded is None:
+                raise RuntimeError("no model is loaded")
+            else:
+                answer = getattr(loaded, verb)(**command)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
