@@ -43,9 +43,9 @@ struct Unprefetched : S {
 
 // The same for prefetching, which gemv may leave to the CPU while it reads one stream and
 // multiplies it by one row. Zen 4, 4096x4096 cold, 1 thread, huge pages: w8a8 1.26x, bf16 1.33x,
-// w4a8g32 1.09x, w8a8g64_sp 1.09x, w4a8g64_sp 1.06x; 2 threads: w8a8 1.2-1.4x, the others 1.0-1.1x.
-// At two bits (0.87x) and with 4 rows (bf16 0.78x, w4a8g64 0.66x) the CPU does not look far enough
-// ahead; on an Emerald Rapids nothing but prefetching by software reaches the roof.
+// w4a8g32 1.09x, w8a8g64_sp 1.09x, w4a8g64_sp 1.06x; 2 threads, at the roof: 1.01-1.11x,
+// bf16_sp 1.19x. At two bits (0.87x) and with 4 rows (bf16 0.78x, w4a8g64 0.66x) the CPU does not
+// look far enough ahead; on an Emerald Rapids nothing but prefetching by software reaches the roof.
 template <class S, class F>
 constexpr int cpu_prefetch_most() {
   return S::kPrefetch ? 1 : 0;
