@@ -2,7 +2,7 @@
 #pragma once
 
 #include "drivers/gemm.h"
-#include "drivers/gemv.h"
+#include "drivers/gemv_columns.h"
 
 namespace lacewing {
 namespace {
@@ -19,6 +19,18 @@ constexpr int gemv_rows() {
     return F::kSparse && S::kGemvWide > S::kGemvBlock ? S::kGemvBlock : S::kGemvWide;
 }
 
+// At most M rows.
+template <class S, class F, int M>
+LW_INLINE void gemv(const LinearArgs& a) {
+  if constexpr (M > 0) {
+    if (a.x->m != M) return gemv<S, F, M - 1>(a);
+    if constexpr (kKeepsColumns<F>)
+      gemv_columns<S, F, M>(a);
+    else
+      gemv_block<S, F, M>(a);
+  }
+}
+
 // Rows that gemv is made for: at least what `gemv_rows` says.
 template <class S, class F>
 constexpr int gemv_most() {
@@ -33,7 +45,9 @@ int gemv_limit = gemv_rows<S, F>();
 
 template <class S, class F>
 void linear(const LinearArgs& a) {
-  if (a.x->m <= __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED))
+  bool few = a.x->m <= __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED);
+  if constexpr (kKeepsColumns<F>) few = few && columns_fit<S>(*a.x);
+  if (few)
     gemv<S, F, gemv_most<S, F>()>(a);
   else
     gemm<S, F>(a);

@@ -7,6 +7,7 @@
 #include "drivers/gather.h"
 #include "drivers/linear.h"
 #include "formats/bf16.h"
+#include "formats/block.h"
 #include "formats/dense.h"
 #include "formats/nm.h"
 #include "formats/sparse.h"

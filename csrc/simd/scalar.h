@@ -221,6 +221,35 @@ struct Scalar {
     const uint8_t* p = codes.v;
     return expand(fill, bitmap, p);
   }
+  // Byte i of a dword is one of its next bytes, in order, where bit i of `pattern` is set, `fill`
+  // elsewhere. The bytes begin with byte `at` of the dword in the block `first` and go on in the
+  // block `last`: the one behind it if there are not enough, else the same.
+  static LW_INLINE U8x64 expand_lanes(uint8_t fill, int pattern, const uint8_t* first,
+                                      const uint8_t* last, int at) {
+    U8x64 r;
+    for (int o = 0; o < 16; ++o) {
+      int next = at;
+      for (int i = 0; i < 4; ++i) {
+        const bool set = pattern >> i & 1;
+        r.v[4 * o + i] = set ? (next < 4 ? first : last)[4 * o + next % 4] : fill;
+        next += set;
+      }
+    }
+    return r;
+  }
+  // Those of the 64 bytes at `from` whose bit is set, in order; returns how many. May write 64
+  // bytes.
+  static LW_INLINE int64_t compress(int8_t* to, uint64_t mask, const int8_t* from) {
+    int64_t count = 0;
+    for (int i = 0; i < 64; ++i)
+      if (mask >> i & 1) to[count++] = from[i];
+    return count;
+  }
+  // The sums of 64 bytes, onto any of the lanes.
+  static LW_INLINE I32x16 add_i8(I32x16 a, const int8_t* p) {
+    return map_i32(
+        [&](int i) { return a.v[i] + p[4 * i] + p[4 * i + 1] + p[4 * i + 2] + p[4 * i + 3]; });
+  }
   // A block of bf16 pairs `[16][2]`: the first or the second of every pair.
   static LW_INLINE F32x16 bf16_even(const U8x64& a) {
     return map([&](int i) { return bf16(a.v + 4 * i); });

@@ -269,6 +269,11 @@ class Format(ABC):
         mins = np.empty((n, groups), np.float16) if self.asymmetric else None
         return Codes(np.empty((n, k), self.code_dtype), scales, mins)
 
+    def stored(self, codes: Codes) -> int:
+        """How many of the weights `codes` the packed form stores: in a sparse format those that are
+        not zero."""
+        return int(np.count_nonzero(codes.q != self.zero_point)) if self.sparse else codes.q.size
+
     def check_codes(self, codes: Codes) -> tuple[int, int]:
         """Raises FormatError unless `codes` are codes of this format; returns `(n, k)`."""
         n, k = self._check_shape(codes.q.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,9 @@ __all__ = ["largest_of", "magnitude_mask"]
 F32 = npt.NDArray[np.float32]
 
 
-def magnitude_mask(rows: F32, sparsity: float) -> npt.NDArray[np.bool_]:
+def magnitude_mask(
+    rows: npt.NDArray[np.floating[Any]], sparsity: float
+) -> npt.NDArray[np.bool_]:
     """True for the weights of `rows` `[n, k]` that stay.
 
     In every row exactly `floor(k * sparsity + 0.5)` weights go, those of smallest magnitude; of
