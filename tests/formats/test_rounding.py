@@ -51,7 +51,10 @@ def test_the_search_gains_what_the_docs_say(fmt: Format, kind: str) -> None:
     weight = weights(kind)
     share = squared_error(fmt, weight) / absmax_error(fmt, weight)
     most = {8: 0.96, 4: 0.73, 3: 0.56, 2: 0.45}
-    if fmt.name == "w8a8":  # a row of 1024 has its extreme far out: little is gained at 128
+    if fmt.name in (
+        "w8a8",
+        "w8a8_b16x1",
+    ):  # a row of 1024 has its extreme far out: little is gained at 128
         most[8] = 1.0
     assert share < (0.85 if fmt.asymmetric else most[fmt.weight_bits])
 

@@ -13,19 +13,23 @@ Part `offsets`: `stream.py`. Blocks are VNNI blocks of the inputs that are kept:
 kernel takes the same inputs out of the activations and multiplies as if the weight were dense.
 
 Which blocks go: in every strip those of smallest L2 norm, the same number in each. Strips are then
-equally long, so that threads with equally many strips have equally much to do, and what becomes of
-a strip depends on nothing else: a matrix may be rounded a run of rows at a time. What a choice over
-the whole matrix would keep instead, as a share of the squared norm, 50 % zeros (70 %):
+equally long, so that threads with equally many of them have equally much to do, and what becomes of
+a strip depends on nothing else: a matrix may be rounded a run of rows at a time. A choice over the
+whole matrix would keep little more. Share of the squared norm that is kept at 50 % (70 %) zeros,
+SmolLM2's layer 10 and Gaussian weights:
 
-                             SmolLM2's q_proj   up_proj          down_proj        Gaussian
-    per strip                PS_Q               PS_U             PS_D             PS_G
-    over the matrix          PM_Q               PM_U             PM_D             PM_G
-    single weights, per row  PW_Q               PW_U             PW_D             PW_G
-    longest strip, matrix    L_Q                L_U              L_D              L_G
+                             q_proj         up_proj        down_proj      Gaussian
+    blocks, per strip        0.667 (0.459)  0.653 (0.444)  0.666 (0.461)  0.638 (0.428)
+    blocks, whole matrix     0.703 (0.497)  0.655 (0.446)  0.668 (0.463)  0.639 (0.428)
+    its longest strip / mean 1.74 (2.40)    1.29 (1.59)    1.37 (1.73)    1.07 (1.13)
+    single weights, per row  0.932 (0.791)  0.932 (0.793)  0.934 (0.796)  0.928 (0.782)
+
+The last line is what blocks cost: without training, unstructured formats lose far less.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,7 +89,7 @@ class W8b16x1(Stream, Symmetric):
         return ceil_to(SCALE_BYTES + self.k_pad(k) // 8, 64)
 
     def _pack_strips(self, codes: Codes) -> tuple[U8, I64]:
-        n, k = codes.shape
+        k = codes.shape[1]
         assert codes.scales is not None
         head, kept = self._least_bytes(k), self._kept(codes.q)
         scales = to_strips(codes.scales).view(np.uint8).reshape(len(kept), -1)
@@ -106,7 +110,7 @@ class W8b16x1(Stream, Symmetric):
         assert out.scales is not None
         head = self._least_bytes(k)
         out.q[:] = self.zero_point
-        for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for i, (begin, end) in enumerate(pairwise(offsets.tolist())):
             where = f"{self.name} strip {first_strip + i}"
             rows = slice(STRIP * i, min(STRIP * (i + 1), n))
             height = rows.stop - rows.start
@@ -119,9 +123,7 @@ class W8b16x1(Stream, Symmetric):
             kept = int(bits.sum())
             size = head + BLOCK_BYTES * -(-kept // 4)
             if begin + size != end:
-                raise FormatError(
-                    f"{where} must end at byte {begin + size}, its offset says {end}"
-                )
+                raise FormatError(f"{where} must end at byte {begin + size}, its offset says {end}")
             blocks = stream[begin + head : end].reshape(1, -1, STRIP, 4)
             columns = from_tiles(blocks, height, kept)
             if (columns == self.zero_point).all(axis=0).any():

@@ -15,9 +15,7 @@ __all__ = ["largest_of", "magnitude_mask"]
 F32 = npt.NDArray[np.float32]
 
 
-def magnitude_mask(
-    rows: npt.NDArray[np.floating[Any]], sparsity: float
-) -> npt.NDArray[np.bool_]:
+def magnitude_mask(rows: npt.NDArray[np.floating[Any]], sparsity: float) -> npt.NDArray[np.bool_]:
     """True for the weights of `rows` `[n, k]` that stay.
 
     In every row exactly `floor(k * sparsity + 0.5)` weights go, those of smallest magnitude; of
