@@ -29,6 +29,7 @@ _BREAK_EVEN: dict[str, dict[str, float]] = {
     "w4a8g64_sp": {"avx512": 0.68},
     "w8a8g64_24": {"avx512": 1.0, "avx2": 1.0},
     "w4a8g64_24": {"avx512": 1.0},
+    "w8a8_b16x1": {"avx512": 0.90, "avx2": 0.80},
 }
 
 

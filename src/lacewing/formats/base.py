@@ -213,7 +213,7 @@ class Format(ABC):
         """Rounds `weight` `[n, k]` to the nearest codes, without calibration data.
 
         sparsity: share of the weights, in [0, 1), that is set to zero first: in every row the
-        `floor(k * sparsity + 0.5)` of smallest magnitude.
+        `floor(k * sparsity + 0.5)` of smallest magnitude, or what else `mask` says.
 
         Raises FormatError for NaN and infinities (with the first place), a shape that is not
         `[n, k]`, a sparsity out of range, and weights beyond the range of the format.

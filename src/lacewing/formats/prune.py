@@ -29,7 +29,7 @@ def magnitude_mask(rows: npt.NDArray[np.floating[Any]], sparsity: float) -> npt.
         return np.ones((n, k), np.bool_)
     size = np.abs(rows)
     threshold = np.partition(size, drop - 1, axis=1)[:, drop - 1, None]
-    keep = size > threshold
+    keep: npt.NDArray[np.bool_] = size > threshold
     spare = keep.sum(axis=1) - (k - drop)
     for row in np.flatnonzero(spare):  # ties at the threshold: -spare of them stay, the last ones
         ties = np.flatnonzero(size[row] == threshold[row])
