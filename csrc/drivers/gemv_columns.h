@@ -63,6 +63,12 @@ KeptColumns<S, M> keep_columns(const typename F::Cursor& c, const PlainRows& x, 
   for (int64_t i = 0; i < k_pad; i += 64) {
     const uint64_t mask = load_u64(c.bitmap + i / 8);
     int64_t more = 0;
+#ifdef LINES
+    if constexpr (S::kPrefetch) {
+#pragma GCC unroll 4
+      for (int l = 0; l < LINES; ++l) S::prefetch_t1(c.blocks + kPrefetchFar + LINES * i + 64 * l);
+    }
+#endif
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r)
       more = S::compress(to + r * stride + count, mask, x.q + r * x.stride + i);
@@ -96,7 +102,14 @@ LW_INLINE void multiply_columns(KeptColumns<S, M>& kept, int64_t count, int64_t 
   const uint8_t* codes = kept.codes;
   const int8_t* q = kept.q;
   const auto step = [&](int chain, int at) __attribute__((always_inline)) {
+#ifdef LINES
+    if constexpr (S::kPrefetch) {
+      S::prefetch_t0(codes + 64 * at + kPrefetchNear);
+      S::prefetch_t1(codes + 64 * at + kPrefetchFar + LINES * (stride - 128));
+    }
+#else
     prefetch_stream<S>(codes + 64 * at);
+#endif
     const auto w = S::load_u8(codes + 64 * at);
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) Dot::step(dot[chain][r], w, q + r * stride + 4 * at);

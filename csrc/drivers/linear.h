@@ -1,8 +1,7 @@
 // Chooses the driver by the number of rows.
 #pragma once
 
-#include "drivers/gemm.h"
-#include "drivers/gemv_columns.h"
+#include "drivers/gemm_columns.h"
 
 namespace lacewing {
 namespace {
@@ -44,13 +43,21 @@ template <class S, class F>
 int gemv_limit = gemv_rows<S, F>();
 
 template <class S, class F>
+LW_INLINE void many_rows(const LinearArgs& a) {
+  if constexpr (kKeepsColumns<F> && S::kColumnGemm)
+    gemm_columns<S, F>(a);
+  else
+    gemm<S, F>(a);
+}
+
+template <class S, class F>
 void linear(const LinearArgs& a) {
   bool few = a.x->m <= __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED);
   if constexpr (kKeepsColumns<F>) few = few && columns_fit<S>(*a.x);
   if (few)
     gemv<S, F, gemv_most<S, F>()>(a);
   else
-    gemm<S, F>(a);
+    many_rows<S, F>(a);
 }
 
 }  // namespace

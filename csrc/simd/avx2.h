@@ -449,6 +449,8 @@ struct Avx2 {
   static constexpr int kAttentionSums = 6, kAttentionBatch = 6;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 4;
+  // Many rows and strips that keep columns: gemm is as good, since codes of 8 bits want i16 here.
+  static constexpr bool kColumnGemm = false;
   // Prefetching by software: no, it takes from what several streams reach (Zen 3: a quarter).
   static constexpr bool kPrefetch = false;
   static constexpr int kGemvBlock = 4;  // rows whose integer sums fit the registers

@@ -202,6 +202,31 @@ struct Avx512 {
         _mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 
+  // ---- what gemm_columns asks for beyond that
+  static LW_INLINE void split_rows(int8_t* to, int64_t stride, const int8_t* from) {
+    // [2][8 rows][4 inputs]: bytes of 4 rows x 4 inputs transposed, then dwords to [8 inputs][2].
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i dwords = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    alignas(64) uint8_t runs[64];
+    store_u8(runs, {_mm512_permutexvar_epi32(
+                       dwords, _mm512_shuffle_epi8(_mm512_loadu_si512(from), order))});
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * stride, runs + 8 * i, 8);
+  }
+  static LW_INLINE void join_rows(uint8_t (*to)[64], const int8_t* a, const int8_t* b,
+                                  const int8_t* c, const int8_t* d) {
+    const __m512i va = _mm512_loadu_si512(a), vb = _mm512_loadu_si512(b);
+    const __m512i vc = _mm512_loadu_si512(c), vd = _mm512_loadu_si512(d);
+    const __m512i ab0 = _mm512_unpacklo_epi8(va, vb), ab1 = _mm512_unpackhi_epi8(va, vb);
+    const __m512i cd0 = _mm512_unpacklo_epi8(vc, vd), cd1 = _mm512_unpackhi_epi8(vc, vd);
+    store_u8(to[0], {_mm512_unpacklo_epi16(ab0, cd0)});
+    store_u8(to[1], {_mm512_unpackhi_epi16(ab0, cd0)});
+    store_u8(to[2], {_mm512_unpacklo_epi16(ab1, cd1)});
+    store_u8(to[3], {_mm512_unpackhi_epi16(ab1, cd1)});
+  }
+  static constexpr int joined_row(int r) { return r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
+
   // ---- what the AMX driver asks for beyond that
   static LW_INLINE U8x64 sub_u8(U8x64 a, uint8_t c) { return {_mm512_sub_epi8(a.v, set1_u8(c))}; }
   static LW_INLINE I32x16 bits_i32(F32x16 a) { return {_mm512_castps_si512(a)}; }
@@ -250,6 +275,10 @@ struct Avx512 {
       acc.sum.v = _mm512_dpbusd_epi32(acc.sum.v, w.v, broadcast4(x4));
     }
     static LW_INLINE I32x16 finish(Acc acc, int32_t) { return acc.sum; }
+    static LW_INLINE void step_by(I32x16& sum, const uint8_t* w4, U8x64 x) {
+      const __m512i w = broadcast4(reinterpret_cast<const int8_t*>(w4));
+      sum.v = _mm512_dpbusd_epi32(sum.v, w, x.v);
+    }
   };
 
   // Many rows: blocks as they are.
@@ -275,6 +304,8 @@ struct Avx512 {
   static constexpr int kAttentionSums = 24, kAttentionBatch = 12;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
+  // Whether many rows of activations go to the columns that a strip keeps (gemm_columns.h).
+  static constexpr bool kColumnGemm = true;
   // Prefetching by software: yes, one stream of a sparse format is half as fast without.
   static constexpr bool kPrefetch = true;
   static constexpr int kGemvBlock = 8;  // rows whose integer sums fit the registers

@@ -213,6 +213,14 @@ def test_blocks_of_any_density(isa: str, density: float) -> None:
         assert np.array_equal(_C.gather_rows(tensor_of(packed), ids, isa=isa), values)
 
 
+@pytest.mark.parametrize("k", [20480, 20481])
+def test_blocks_in_rows_too_long_to_lie_side_by_side(isa: str, k: int) -> None:
+    """Here the driver of many rows has no more room, and leaves them to another."""
+    packed, x = random_packed("w8a8_b16x1", 17, k), random_rows(65, k)
+    want = get_format("w8a8_b16x1").reference_linear(x, packed)
+    assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa), want)
+
+
 @pytest.mark.parametrize("name", ["w8a8", "w1.6a8", "w8a8_b16x1"])
 def test_sums_of_the_longest_row(isa: str, name: str) -> None:
     """The largest integers there are, 128 * 127 * 2^17 in eight bits, of either sign."""
