@@ -52,10 +52,13 @@ void take_columns(SideScratch& t, int64_t first, int64_t count) {
   const int8_t* rows = t.rows[0];
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t* p = t.places + 4 * (first + i);
-    S::join_rows(t.x[i], rows + p[0], rows + p[1], rows + p[2], rows + p[3]);
+    typename S::U8x64 x[4];
+    S::join_rows(x, rows + p[0], rows + p[1], rows + p[2], rows + p[3]);
 #pragma GCC unroll 4
-    for (int b = 0; b < 4; ++b)
-      zero[b] = S::add_i8(zero[b], reinterpret_cast<const int8_t*>(t.x[i][b]));
+    for (int b = 0; b < 4; ++b) {
+      S::store_u8(t.x[i][b], x[b]);
+      zero[b] = S::add_i8(zero[b], x[b]);
+    }
   }
   for (int b = 0; b < 4; ++b) S::store_i32(t.zero + 16 * b, zero[b]);
 }

@@ -63,12 +63,6 @@ KeptColumns<S, M> keep_columns(const typename F::Cursor& c, const PlainRows& x, 
   for (int64_t i = 0; i < k_pad; i += 64) {
     const uint64_t mask = load_u64(c.bitmap + i / 8);
     int64_t more = 0;
-#ifdef LINES
-    if constexpr (S::kPrefetch) {
-#pragma GCC unroll 4
-      for (int l = 0; l < LINES; ++l) S::prefetch_t1(c.blocks + kPrefetchFar + LINES * i + 64 * l);
-    }
-#endif
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r)
       more = S::compress(to + r * stride + count, mask, x.q + r * x.stride + i);
@@ -82,7 +76,8 @@ KeptColumns<S, M> keep_columns(const typename F::Cursor& c, const PlainRows& x, 
     int8_t* q = to + r * stride;
     __builtin_memset(q + count, 0, 64);
     auto sum = S::set1_i32(0);
-    for (int64_t i = 0; i < count; i += 64) sum = S::add_i8(sum, q + i);
+    for (int64_t i = 0; i < count; i += 64)
+      sum = S::add_i8(sum, S::load_u8(reinterpret_cast<const uint8_t*>(q + i)));
     kept.sumx[r] = S::sum_i32(sum);
     kept.dot[r] = S::set1_i32(0);
   }
@@ -102,14 +97,7 @@ LW_INLINE void multiply_columns(KeptColumns<S, M>& kept, int64_t count, int64_t 
   const uint8_t* codes = kept.codes;
   const int8_t* q = kept.q;
   const auto step = [&](int chain, int at) __attribute__((always_inline)) {
-#ifdef LINES
-    if constexpr (S::kPrefetch) {
-      S::prefetch_t0(codes + 64 * at + kPrefetchNear);
-      S::prefetch_t1(codes + 64 * at + kPrefetchFar + LINES * (stride - 128));
-    }
-#else
     prefetch_stream<S>(codes + 64 * at);
-#endif
     const auto w = S::load_u8(codes + 64 * at);
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) Dot::step(dot[chain][r], w, q + r * stride + 4 * at);

@@ -299,12 +299,12 @@ struct Avx2 {
     }
     return count;
   }
-  static LW_INLINE I32x16 add_i8(I32x16 a, const int8_t* p) {
-    const __m256i bytes = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
-    const auto half = [&](int offset) __attribute__((always_inline)) {
-      return _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, load256(p + offset)), pairs);
+  static LW_INLINE I32x16 add_i8(I32x16 a, U8x64 bytes) {
+    const __m256i one = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+    const auto fours = [&](__m256i v) __attribute__((always_inline)) {
+      return _mm256_madd_epi16(_mm256_maddubs_epi16(one, v), pairs);
     };
-    return {_mm256_add_epi32(a.lo, half(0)), _mm256_add_epi32(a.hi, half(32))};
+    return {_mm256_add_epi32(a.lo, fours(bytes.lo)), _mm256_add_epi32(a.hi, fours(bytes.hi))};
   }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)),

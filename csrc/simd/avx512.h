@@ -191,8 +191,8 @@ struct Avx512 {
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(mask, _mm512_loadu_si512(from)));
     return _mm_popcnt_u64(mask);
   }
-  static LW_INLINE I32x16 add_i8(I32x16 a, const int8_t* p) {
-    return {_mm512_dpbusd_epi32(a.v, set1_u8(1), _mm512_loadu_si512(p))};
+  static LW_INLINE I32x16 add_i8(I32x16 a, U8x64 bytes) {
+    return {_mm512_dpbusd_epi32(a.v, set1_u8(1), bytes.v)};
   }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
@@ -214,16 +214,16 @@ struct Avx512 {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * stride, runs + 8 * i, 8);
   }
-  static LW_INLINE void join_rows(uint8_t (*to)[64], const int8_t* a, const int8_t* b,
-                                  const int8_t* c, const int8_t* d) {
+  static LW_INLINE void join_rows(U8x64 (&to)[4], const int8_t* a, const int8_t* b, const int8_t* c,
+                                  const int8_t* d) {
     const __m512i va = _mm512_loadu_si512(a), vb = _mm512_loadu_si512(b);
     const __m512i vc = _mm512_loadu_si512(c), vd = _mm512_loadu_si512(d);
     const __m512i ab0 = _mm512_unpacklo_epi8(va, vb), ab1 = _mm512_unpackhi_epi8(va, vb);
     const __m512i cd0 = _mm512_unpacklo_epi8(vc, vd), cd1 = _mm512_unpackhi_epi8(vc, vd);
-    store_u8(to[0], {_mm512_unpacklo_epi16(ab0, cd0)});
-    store_u8(to[1], {_mm512_unpackhi_epi16(ab0, cd0)});
-    store_u8(to[2], {_mm512_unpacklo_epi16(ab1, cd1)});
-    store_u8(to[3], {_mm512_unpackhi_epi16(ab1, cd1)});
+    to[0] = {_mm512_unpacklo_epi16(ab0, cd0)};
+    to[1] = {_mm512_unpackhi_epi16(ab0, cd0)};
+    to[2] = {_mm512_unpacklo_epi16(ab1, cd1)};
+    to[3] = {_mm512_unpackhi_epi16(ab1, cd1)};
   }
   static constexpr int joined_row(int r) { return r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
 

@@ -245,10 +245,10 @@ struct Scalar {
       if (mask >> i & 1) to[count++] = from[i];
     return count;
   }
-  // Four neighbouring bytes onto each lane.
-  static LW_INLINE I32x16 add_i8(I32x16 a, const int8_t* p) {
-    return map_i32(
-        [&](int i) { return a.v[i] + p[4 * i] + p[4 * i + 1] + p[4 * i + 2] + p[4 * i + 3]; });
+  // Four neighbouring bytes, signed, onto each lane.
+  static LW_INLINE I32x16 add_i8(I32x16 a, const U8x64& bytes) {
+    for (int i = 0; i < 64; ++i) a.v[i / 4] += static_cast<int8_t>(bytes.v[i]);
+    return a;
   }
   // A block of bf16 pairs `[16][2]`: the first or the second of every pair.
   static LW_INLINE F32x16 bf16_even(const U8x64& a) {
@@ -265,11 +265,11 @@ struct Scalar {
       for (int r = 0; r < 8; ++r) to[i * stride + r] = from[(i / 4 * 8 + r) * 4 + i % 4];
   }
   // Four inputs of 64 rows as four blocks [16 rows][4 inputs]; row r is then at joined_row(r).
-  static LW_INLINE void join_rows(uint8_t (*to)[64], const int8_t* a, const int8_t* b,
-                                  const int8_t* c, const int8_t* d) {
+  static LW_INLINE void join_rows(U8x64 (&to)[4], const int8_t* a, const int8_t* b, const int8_t* c,
+                                  const int8_t* d) {
     for (int r = 0; r < 64; ++r) {
       const int8_t four[4] = {a[r], b[r], c[r], d[r]};
-      std::memcpy(to[0] + 4 * joined_row(r), four, 4);
+      std::memcpy(to[joined_row(r) / 16].v + joined_row(r) % 16 * 4, four, 4);
     }
   }
   static constexpr int joined_row(int r) { return r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
