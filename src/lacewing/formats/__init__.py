@@ -77,8 +77,8 @@ def get_format(name: str) -> Format:
 def pack(weight: Any, format: str, sparsity: float | None = None) -> PackedTensor:
     """Rounds `weight` `[n, k]`, a numpy array or a torch tensor, to nearest and packs it.
 
-    sparsity: share of the weights of smallest magnitude in every row (in w8a8_b16x1: of the blocks of
-    smallest norm in every 16 rows), in [0, 1), set to zero first.
+    sparsity: share of the weights of smallest magnitude in every row (in w8a8_b16x1: of the blocks
+    of smallest norm in every 16 rows), in [0, 1), set to zero first.
 
     Raises FormatError for an unknown format, NaN or infinite weights, a shape that is not `[n, k]`,
     and a sparsity that is out of range or that the format cannot hold.
