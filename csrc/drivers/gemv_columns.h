@@ -1,6 +1,12 @@
 // Few rows times strips that keep whole columns of inputs: the same columns are taken out of the
 // activations, and what is left of both is a dense product. Work and bytes fall with what is kept.
 // No format, no ISA here.
+//
+// 4096 x 4096, one row, two threads of a Zen 4, AVX-512, at zeros of 50, 70 and 80 %: 35, 37 and 32
+// GB/s where dense w8a8 has 39. Several streams did not help as such: 2, 4 and 8 with prefetching
+// 29 to 30, 28 to 29 and 25 to 29 (each in a run of its own, dense 32 to 40). 4 streams without
+// prefetching have 43 at 50 % (dense 40), but 34 and 30 at 70 and 80 %: nothing is read while four
+// strips' columns are taken.
 #pragma once
 
 #include "drivers/gemv.h"
