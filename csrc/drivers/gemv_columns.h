@@ -3,10 +3,10 @@
 // No format, no ISA here.
 //
 // 4096 x 4096, one row, two threads of a Zen 4, AVX-512, at zeros of 50, 70 and 80 %: 35, 37 and 32
-// GB/s where dense w8a8 has 39. Reading 2, 4 or 8 strips side by side, with prefetching (far distance
-// 4, 4 and 2 KB), did not help: 27 to 31, 26 to 29 and 26 to 29 (dense 32 to 35 in those runs). 4
-// without prefetching had 43 at 50 % (dense 40), but 34 and 30 at 70 and 80 %; a guess at why: nothing
-// is read while four strips' columns are taken.
+// GB/s where dense w8a8 has 39. Reading 2, 4 or 8 strips side by side, with prefetching (far
+// distance 4, 4 and 2 KB), did not help: 27 to 31, 26 to 29 and 26 to 29 (dense 32 to 35 in those
+// runs). 4 without prefetching had 43 at 50 % (dense 40), but 34 and 30 at 70 and 80 %; a guess at
+// why: nothing is read while four strips' columns are taken.
 #pragma once
 
 #include "drivers/gemv.h"
