@@ -23,6 +23,7 @@ GGUF_KINDS = {
     "w8a8g64": "Q8_0",
     "w8a8g64_sp": "Q8_0",
     "w8a8g64_24": "Q8_0",
+    "w8a8_b16x1": "Q8_0",
     "w4a8g32": "Q4_0",
     "w4a8g64": "Q4_0",
     "w4a8g128": "Q4_0",
@@ -31,7 +32,7 @@ GGUF_KINDS = {
     "w4a8g32z": "Q4_1",
     "w5a8g32z": "Q5_1",
 }
-SPARSITY = 0.5  # of formats that end in _sp
+SPARSITY = 0.5  # of sparse formats whose pattern leaves a choice
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ def packed(source: Path, format: str) -> Path:
 
 def pack(source: Path, format: str, out: Path) -> None:
     from lacewing.checkpoint import write_packed
+    from lacewing.formats import FORMATS
 
     progress(f"packing {source.name} as {format}")
     CACHE.mkdir(parents=True, exist_ok=True)
-    write_packed(source, out, format, sparsity=SPARSITY if format.endswith("_sp") else None)
+    kind = FORMATS.get(format)  # None: "auto"
+    pruned = kind is not None and kind.sparse and not kind.fixed_sparsity
+    write_packed(source, out, format, sparsity=SPARSITY if pruned else None)
 
 
 def gguf_source(source: Path) -> Path:

@@ -83,7 +83,7 @@ class Workspace {
   Memory memory_;
 };
 thread_local Workspace activations_space(size_t{64} << 20);
-thread_local Workspace scratch_space(kTileScratch* Pool::kMaxThreads);
+thread_local Workspace scratch_space(kLinearScratch* Pool::kMaxThreads);
 
 // Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
 Rows take_rows(const Tensor& t, int64_t m) {
@@ -113,7 +113,7 @@ struct LinearRun {
     const Rows rows = take_rows(weight, m);
     Pool& pool = Pool::instance();
     const int count = pool.resolve(threads);
-    const size_t each = table.linear_scratch;
+    constexpr size_t each = kLinearScratch;
     uint8_t* scratch = scratch_space.take(each * static_cast<size_t>(count));
     Barrier quantized(count, pool.may_spin(count));
     pool.run(count, [&](int tid, int n) {
@@ -167,7 +167,7 @@ void linear_into(const Floats2& x, const Tensor& w, const Output& y,
   quantize_share(table, x.data(), w.w.k, rows, 0, 1);
   table.formats[w.w.format].linear({&w.w, &rows, bias ? bias->data() : nullptr, y.data(),
                                     static_cast<int64_t>(y.shape(1)), accumulate, first, last,
-                                    scratch_space.take(table.linear_scratch)});
+                                    scratch_space.take(kLinearScratch)});
 }
 
 nb::object gather(const Tensor& w, const Ints1& ids, const Isa& isa) {

@@ -13,7 +13,6 @@ namespace {
 KernelTable with_tiles(const KernelTable& base, const TileKernels& tiles) {
   KernelTable table = base;
   table.isa = tiles.isa;
-  table.linear_scratch = kTileScratch;
   for (int i = 0; i < kFormatCount; ++i) table.formats[i].linear = tiles.linear[i];
   return table;
 }

@@ -3,6 +3,7 @@
 #include "core/inline.h"
 #include "core/kernels.h"
 #include "formats/bf16.h"
+#include "formats/block.h"
 #include "formats/dense.h"
 #include "formats/nm.h"
 #include "formats/sparse.h"
@@ -17,16 +18,17 @@ int64_t k_pad(int64_t k) {
   return round_up(k, F::kPad);
 }
 
+template <class F>
 const char* validate_shape(const PackedTensor& w) {
   if (w.n < 1 || w.k < 1) return "n and k must be at least 1";
   if (w.n >= kMaxSide || w.k >= kMaxSide) return "n and k must be below 2^31";
+  if (F::kRowScale && w.k > kRowGroup) return "with one scale per row k must be at most 131072";
   return nullptr;
 }
 
 template <class F>
 const char* validate_dense(const PackedTensor& w) {
-  if (const char* error = validate_shape(w)) return error;
-  if (F::kRowScale && w.k > kRowGroup) return "with one scale per row k must be at most 131072";
+  if (const char* error = validate_shape<F>(w)) return error;
   const uint64_t strips = static_cast<uint64_t>(w.strips());
   for (int p = 0; p < F::kParts; ++p) {
     const bool once = F::kRowScale && p == 1;  // the scales: one tile per strip
@@ -40,7 +42,7 @@ const char* validate_dense(const PackedTensor& w) {
 
 // Every record of the strip in [begin, end) must lie inside it.
 template <class F>
-const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
+const char* validate_records(const PackedTensor& w, size_t begin, size_t end) {
   const int64_t records = k_pad<F>(w.k) / F::kPad;
   size_t at = begin;
   for (int64_t j = 0; j < records; ++j) {
@@ -53,11 +55,35 @@ const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
   return nullptr;
 }
 
+// The strip in [begin, end) must be its head and the blocks of the inputs that it keeps.
+template <class F>
+const char* validate_columns(const PackedTensor& w, size_t begin, size_t end) {
+  const int64_t inputs = k_pad<F>(w.k), head = F::head(w.k);
+  const int64_t size = static_cast<int64_t>(end - begin);
+  if (size < head) return "a strip ends inside its head";
+  const uint8_t* bitmap = w.parts[0] + begin + F::kScaleBytes;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < inputs; i += 64) kept += __builtin_popcountll(load_u64(bitmap + i / 8));
+  if (size != head + (kept + 3) / 4 * F::kBlockBytes)
+    return "a strip ends elsewhere than the inputs that it keeps say";
+  if (w.k % 64 && load_u64(bitmap + inputs / 8 - 8) >> w.k % 64)
+    return "a strip keeps inputs beyond k";
+  return nullptr;
+}
+
+template <class F>
+const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
+  if constexpr (requires { F::kColumns; })
+    return validate_columns<F>(w, begin, end);
+  else
+    return validate_records<F>(w, begin, end);
+}
+
 constexpr size_t kSpareBytes = 64;  // so that 64-byte loads never leave the part
 
 template <class F>
 const char* validate_stream(const PackedTensor& w) {
-  if (const char* error = validate_shape(w)) return error;
+  if (const char* error = validate_shape<F>(w)) return error;
   const uint64_t strips = static_cast<uint64_t>(w.strips());
   if (w.part_bytes[1] != (strips + 1) * 8) return "`offsets` must hold one int64 per strip and one";
   if (w.part_bytes[0] < kSpareBytes) return "`stream` is shorter than its 64 spare bytes";

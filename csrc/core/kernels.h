@@ -19,11 +19,11 @@ struct LinearArgs {
   int64_t ldy;
   bool accumulate;
   int64_t strip_begin, strip_end;
-  void* scratch;  // `linear_scratch` bytes, 64-byte aligned, private to the calling thread
+  void* scratch;  // kLinearScratch bytes, 64-byte aligned, private to the calling thread
 };
-// Of the tables without tiles, and with: the AMX driver keeps 1 MB of packed activations in it.
-inline constexpr size_t kLinearScratch = 256 * 1024;
-inline constexpr size_t kTileScratch = 2 * 1024 * 1024;
+// The drivers of kept columns and of AMX keep 1 MB of activations in it and more; the others touch
+// the first 256 KB, and what is not touched costs no memory.
+inline constexpr size_t kLinearScratch = 2 * 1024 * 1024;
 
 // Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for
 // the query heads of one KV head. Token i attends the positions first_i..last_i (inclusive), where
@@ -77,7 +77,6 @@ struct FormatKernels {
 
 struct KernelTable {
   const char* isa;
-  size_t linear_scratch;  // bytes that `linear` of every format needs
   FormatKernels formats[kFormatCount];
 
   // Groups [group_begin, group_end) of row r of x (k floats) into dst; group = dst.group, or

@@ -33,7 +33,8 @@ inline constexpr int kRowGroup = 1 << 17;
   X("w4a8g64_sp", W4sp<64>) \
   X("bf16_sp", Bf16sp)      \
   X("w8a8g64_24", W8of24)   \
-  X("w4a8g64_24", W4of24)
+  X("w4a8g64_24", W4of24)   \
+  X("w8a8_b16x1", W8b16x1)
 
 #define LACEWING_COUNT(name, type) +1
 inline constexpr int kFormatCount = 0 LACEWING_FORMATS(LACEWING_COUNT);

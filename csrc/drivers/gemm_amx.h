@@ -23,7 +23,7 @@ template <class S, class Tiles, class F>
 class AmxGemm {
  public:
   explicit AmxGemm(const LinearArgs& a) : a_(a), c_{a, *static_cast<AmxScratch<F>*>(a.scratch)} {
-    static_assert(sizeof(AmxScratch<F>) <= kTileScratch);
+    static_assert(sizeof(AmxScratch<F>) <= kLinearScratch);
   }
 
   // The shapes are loaded by every call and let go at its end, so that it does not matter what

@@ -170,17 +170,9 @@ void gemv_streams_float(const LinearArgs& a, const Streams& t) {
       write_outputs<S>(a, t.first + i * t.apart, r, S::add(sums[i][2 * r], sums[i][2 * r + 1]));
 }
 
-// The strips in kGemvStreams equal runs side by side, then what is left.
-template <class S, class F, int M>
-void gemv_block(const LinearArgs& a) {
-  const auto take = [&](const Streams& t) {
-    if constexpr (F::kGroup == 0)
-      gemv_streams_float<S, F, M>(a, t);
-    else if constexpr (F::kRowScale)
-      gemv_streams_row<S, F, M>(a, t);
-    else
-      gemv_streams<S, F, M>(a, t);
-  };
+// f(streams) for the strips in kGemvStreams equal runs side by side, then for what is left.
+template <class S, class F>
+LW_INLINE void each_streams(const LinearArgs& a, F take) {
   constexpr int kCount = S::kGemvStreams;
   const int64_t run = (a.strip_end - a.strip_begin) / kCount;
   for (int64_t s = 0; s < run; ++s) take({a.strip_begin + s, run, kCount});
@@ -188,13 +180,16 @@ void gemv_block(const LinearArgs& a) {
   if (rest < a.strip_end) take({rest, 1, static_cast<int>(a.strip_end - rest)});
 }
 
-// At most M rows.
 template <class S, class F, int M>
-LW_INLINE void gemv(const LinearArgs& a) {
-  if constexpr (M > 0) {
-    if (a.x->m == M) return gemv_block<S, F, M>(a);
-    gemv<S, F, M - 1>(a);
-  }
+void gemv_block(const LinearArgs& a) {
+  each_streams<S>(a, [&](const Streams& t) {
+    if constexpr (F::kGroup == 0)
+      gemv_streams_float<S, F, M>(a, t);
+    else if constexpr (F::kRowScale)
+      gemv_streams_row<S, F, M>(a, t);
+    else
+      gemv_streams<S, F, M>(a, t);
+  });
 }
 
 }  // namespace

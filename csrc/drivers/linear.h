@@ -1,8 +1,7 @@
 // Chooses the driver by the number of rows.
 #pragma once
 
-#include "drivers/gemm.h"
-#include "drivers/gemv.h"
+#include "drivers/gemm_columns.h"
 
 namespace lacewing {
 namespace {
@@ -17,6 +16,18 @@ constexpr int gemv_rows() {
     return S::kGemvNarrow;
   else  // beyond one block of rows a sparse panel is as cheap as decoding into L1
     return F::kSparse && S::kGemvWide > S::kGemvBlock ? S::kGemvBlock : S::kGemvWide;
+}
+
+// At most M rows.
+template <class S, class F, int M>
+LW_INLINE void gemv(const LinearArgs& a) {
+  if constexpr (M > 0) {
+    if (a.x->m != M) return gemv<S, F, M - 1>(a);
+    if constexpr (kKeepsColumns<F>)
+      gemv_columns<S, F, M>(a);
+    else
+      gemv_block<S, F, M>(a);
+  }
 }
 
 // Rows that gemv is made for: at least what `gemv_rows` says.
@@ -62,12 +73,21 @@ constexpr Switch cpu_prefetch_switch() {
 }
 
 template <class S, class F>
+LW_INLINE void many_rows(const LinearArgs& a) {
+  if constexpr (kKeepsColumns<F> && S::kColumnGemm)
+    gemm_columns<S, F>(a);
+  else
+    gemm<S, F>(a);
+}
+
+template <class S, class F>
 void linear(const LinearArgs& a) {
-  const int64_t m = a.x->m;
-  if (m > __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED)) return gemm<S, F>(a);
+  bool few = a.x->m <= __atomic_load_n(&gemv_limit<S, F>, __ATOMIC_RELAXED);
+  if constexpr (kKeepsColumns<F>) few = few && columns_fit<S>(*a.x);
+  if (!few) return many_rows<S, F>(a);
   if constexpr (cpu_prefetch_most<S, F>() > 0)
-    if (m == 1 && __atomic_load_n(&cpu_prefetch_limit<S, F>, __ATOMIC_RELAXED) > 0)
-      return gemv_block<Unprefetched<S>, F, 1>(a);
+    if (a.x->m == 1 && __atomic_load_n(&cpu_prefetch_limit<S, F>, __ATOMIC_RELAXED) > 0)
+      return gemv<Unprefetched<S>, F, 1>(a);
   gemv<S, F, gemv_most<S, F>()>(a);
 }
 

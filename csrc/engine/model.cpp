@@ -76,7 +76,7 @@ void Model::reserve_shared() {
 
 void Model::reserve_thread(ThreadSpace& space) {
   const Spec& s = weights_.spec;
-  space.kernel = Memory(std::max(table_.linear_scratch, kAttentionScratch));
+  space.kernel = Memory(std::max(kLinearScratch, kAttentionScratch));
   space.row = floats({s.hidden_size});
   const int64_t strips = (s.intermediate_size + kStrip - 1) / kStrip;
   int64_t cells = 0;

@@ -7,6 +7,7 @@
 //   Cursor, open(w, strip)       a place in the strip's bytes, at its first group
 //   scale<S>(c), minimum<S>(c)   of the group at the cursor
 //   group<S>(c, f)               calls f(b, block) for the group's blocks, then moves to the next
+//   kColumns (where it is so)    strips keep whole columns of inputs (drivers/gemv_columns.h)
 //   kTileBytes                   of each part, per strip and kPad inputs; 0: a stream (sparse.h)
 // Floats (kGroup 0) have pair<S>(c, even, odd) instead: two inputs of the 16 outputs.
 // weight = scale * (code - kZeroPoint) [+ minimum].

@@ -7,6 +7,7 @@
 #include "drivers/gather.h"
 #include "drivers/linear.h"
 #include "formats/bf16.h"
+#include "formats/block.h"
 #include "formats/dense.h"
 #include "formats/nm.h"
 #include "formats/sparse.h"
@@ -27,7 +28,6 @@ template <class S>
 constexpr KernelTable make_table() {
   return {
       S::kName,
-      kLinearScratch,
       {
 #define LACEWING_KERNELS(name, ...)                                                    \
   {linear<S, __VA_ARGS__>, gather_rows<S, __VA_ARGS__>, gemv_switch<S, __VA_ARGS__>(), \

@@ -5,6 +5,7 @@
 
 #include "core/inline.h"
 #include "core/types.h"
+#include "simd/four.h"
 
 namespace lacewing {
 namespace {
@@ -48,6 +49,21 @@ constexpr ExpandTable16 make_expand_table16() {
   return t;
 }
 alignas(64) constexpr ExpandTable16 kExpand16 = make_expand_table16();
+
+// The bytes of 8 whose bits are set, in order.
+struct CompressTable {
+  uint8_t order[256][8];
+};
+constexpr CompressTable make_compress_table() {
+  CompressTable t{};
+  for (int m = 0; m < 256; ++m) {
+    int count = 0;
+    for (int i = 0; i < 8; ++i)
+      if (m >> i & 1) t.order[m][count++] = static_cast<uint8_t>(i);
+  }
+  return t;
+}
+alignas(64) constexpr CompressTable kCompress = make_compress_table();
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
@@ -255,6 +271,41 @@ struct Avx2 {
     return {_mm256_xor_si256(expand8_24(bitmap, _mm256_permute4x64_epi64(c, 0x50)), f),
             _mm256_xor_si256(expand8_24(bitmap + 4, _mm256_permute4x64_epi64(c, 0xfa)), f)};
   }
+  static LW_INLINE U8x64 expand_lanes(uint8_t fill, int pattern, const uint8_t* first,
+                                      const uint8_t* last, int at) {
+    const __m128i down = _mm_cvtsi32_si128(8 * at), up = _mm_cvtsi32_si128(32 - 8 * at);
+    const __m128i* order = reinterpret_cast<const __m128i*>(kFour.order[pattern]);
+    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_load_si128(order));
+    const __m256i fills =
+        _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(kFour.absent[pattern])),
+                         _mm256_set1_epi8(static_cast<char>(fill)));
+    const auto half = [&](int offset) __attribute__((always_inline)) {
+      const __m256i next = _mm256_or_si256(_mm256_srl_epi32(load256(first + offset), down),
+                                           _mm256_sll_epi32(load256(last + offset), up));
+      return _mm256_or_si256(_mm256_shuffle_epi8(next, lanes), fills);
+    };
+    return {half(0), half(32)};
+  }
+  static LW_INLINE int64_t compress(int8_t* to, uint64_t mask, const int8_t* from) {
+    int64_t count = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+      const uint8_t* order = kCompress.order[mask & 0xff];
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i));
+      _mm_storel_epi64(
+          reinterpret_cast<__m128i*>(to + count),
+          _mm_shuffle_epi8(bytes, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(order))));
+      count += _mm_popcnt_u32(mask & 0xff);
+    }
+    return count;
+  }
+  static LW_INLINE I32x16 add_i8(I32x16 a, U8x64 bytes) {
+    const __m256i one = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+    const auto fours = [&](__m256i v) __attribute__((always_inline)) {
+      return _mm256_madd_epi16(_mm256_maddubs_epi16(one, v), pairs);
+    };
+    return {_mm256_add_epi32(a.lo, fours(bytes.lo)), _mm256_add_epi32(a.hi, fours(bytes.hi))};
+  }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
@@ -398,6 +449,8 @@ struct Avx2 {
   static constexpr int kAttentionSums = 6, kAttentionBatch = 6;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 4;
+  // Many rows and strips that keep columns: gemm is as good, since codes of 8 bits want i16 here.
+  static constexpr bool kColumnGemm = false;
   // Prefetching by software: no, it takes from what several streams reach (Zen 3: a quarter).
   static constexpr bool kPrefetch = false;
   static constexpr int kGemvBlock = 4;  // rows whose integer sums fit the registers

@@ -5,6 +5,7 @@
 
 #include "core/inline.h"
 #include "core/types.h"
+#include "simd/four.h"
 
 namespace lacewing {
 namespace {
@@ -181,6 +182,23 @@ struct Avx512 {
     __builtin_memcpy(&mask, bitmap, 8);
     return {_mm512_mask_expand_epi8(set1_u8(fill), mask, codes.v)};
   }
+  static LW_INLINE U8x64 expand_lanes(uint8_t fill, int pattern, const uint8_t* first,
+                                      const uint8_t* last, int at) {
+    const __m512i next =
+        _mm512_shrdv_epi32(load_u8(first).v, load_u8(last).v, _mm512_set1_epi32(8 * at));
+    const __m128i* order = reinterpret_cast<const __m128i*>(kFour.order[pattern]);
+    const __m512i lanes = _mm512_shuffle_epi8(next, _mm512_broadcast_i32x4(_mm_load_si128(order)));
+    const __m512i absent = _mm512_set1_epi32(static_cast<int>(kFour.absent[pattern]));
+    return {_mm512_ternarylogic_epi32(lanes, absent, set1_u8(fill), 0xf8)};  // a | (b & c)
+  }
+  // In a register: to memory the instruction is microcoded on Zen 4, 20 times as slow.
+  static LW_INLINE int64_t compress(int8_t* to, uint64_t mask, const int8_t* from) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(mask, _mm512_loadu_si512(from)));
+    return _mm_popcnt_u64(mask);
+  }
+  static LW_INLINE I32x16 add_i8(I32x16 a, U8x64 bytes) {
+    return {_mm512_dpbusd_epi32(a.v, set1_u8(1), bytes.v)};
+  }
   static LW_INLINE F32x16 bf16_even(U8x64 a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
   }
@@ -188,6 +206,31 @@ struct Avx512 {
     return _mm512_castsi512_ps(
         _mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
+
+  // ---- what gemm_columns asks for beyond that
+  static LW_INLINE void split_rows(int8_t* to, int64_t stride, const int8_t* from) {
+    // [2][8 rows][4 inputs]: bytes of 4 rows x 4 inputs transposed, then dwords to [8 inputs][2].
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i dwords = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    alignas(64) uint8_t runs[64];
+    store_u8(runs, {_mm512_permutexvar_epi32(
+                       dwords, _mm512_shuffle_epi8(_mm512_loadu_si512(from), order))});
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * stride, runs + 8 * i, 8);
+  }
+  static LW_INLINE void join_rows(U8x64 (&to)[4], const int8_t* a, const int8_t* b, const int8_t* c,
+                                  const int8_t* d) {
+    const __m512i va = _mm512_loadu_si512(a), vb = _mm512_loadu_si512(b);
+    const __m512i vc = _mm512_loadu_si512(c), vd = _mm512_loadu_si512(d);
+    const __m512i ab0 = _mm512_unpacklo_epi8(va, vb), ab1 = _mm512_unpackhi_epi8(va, vb);
+    const __m512i cd0 = _mm512_unpacklo_epi8(vc, vd), cd1 = _mm512_unpackhi_epi8(vc, vd);
+    to[0] = {_mm512_unpacklo_epi16(ab0, cd0)};
+    to[1] = {_mm512_unpackhi_epi16(ab0, cd0)};
+    to[2] = {_mm512_unpacklo_epi16(ab1, cd1)};
+    to[3] = {_mm512_unpackhi_epi16(ab1, cd1)};
+  }
+  static constexpr int joined_row(int r) { return r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
 
   // ---- what the AMX driver asks for beyond that
   static LW_INLINE U8x64 sub_u8(U8x64 a, uint8_t c) { return {_mm512_sub_epi8(a.v, set1_u8(c))}; }
@@ -237,6 +280,10 @@ struct Avx512 {
       acc.sum.v = _mm512_dpbusd_epi32(acc.sum.v, w.v, broadcast4(x4));
     }
     static LW_INLINE I32x16 finish(Acc acc, int32_t) { return acc.sum; }
+    static LW_INLINE void step_by(I32x16& sum, const uint8_t* w4, U8x64 x) {
+      const __m512i w = broadcast4(reinterpret_cast<const int8_t*>(w4));
+      sum.v = _mm512_dpbusd_epi32(sum.v, w, x.v);
+    }
   };
 
   // Many rows: blocks as they are.
@@ -262,6 +309,8 @@ struct Avx512 {
   static constexpr int kAttentionSums = 24, kAttentionBatch = 12;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
+  // Whether many rows of activations go to the columns that a strip keeps (gemm_columns.h).
+  static constexpr bool kColumnGemm = true;
   // Prefetching by software: yes, one stream of a sparse format is half as fast without.
   static constexpr bool kPrefetch = true;
   static constexpr int kGemvBlock = 8;  // rows whose integer sums fit the registers

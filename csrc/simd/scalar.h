@@ -221,6 +221,35 @@ struct Scalar {
     const uint8_t* p = codes.v;
     return expand(fill, bitmap, p);
   }
+  // Byte i of a dword is one of its next bytes, in order, where bit i of `pattern` is set, `fill`
+  // elsewhere. The bytes begin with byte `at` of the dword in the block `first` and go on in the
+  // block `last`: the one behind it if there are not enough, else the same.
+  static LW_INLINE U8x64 expand_lanes(uint8_t fill, int pattern, const uint8_t* first,
+                                      const uint8_t* last, int at) {
+    U8x64 r;
+    for (int o = 0; o < 16; ++o) {
+      int next = at;
+      for (int i = 0; i < 4; ++i) {
+        const bool set = pattern >> i & 1;
+        r.v[4 * o + i] = set ? (next < 4 ? first : last)[4 * o + next % 4] : fill;
+        next += set;
+      }
+    }
+    return r;
+  }
+  // Those of the 64 bytes at `from` whose bit is set, in order; returns how many. May write 64
+  // bytes.
+  static LW_INLINE int64_t compress(int8_t* to, uint64_t mask, const int8_t* from) {
+    int64_t count = 0;
+    for (int i = 0; i < 64; ++i)
+      if (mask >> i & 1) to[count++] = from[i];
+    return count;
+  }
+  // Four neighbouring bytes, signed, onto each lane.
+  static LW_INLINE I32x16 add_i8(I32x16 a, const U8x64& bytes) {
+    for (int i = 0; i < 64; ++i) a.v[i / 4] += static_cast<int8_t>(bytes.v[i]);
+    return a;
+  }
   // A block of bf16 pairs `[16][2]`: the first or the second of every pair.
   static LW_INLINE F32x16 bf16_even(const U8x64& a) {
     return map([&](int i) { return bf16(a.v + 4 * i); });
@@ -228,6 +257,22 @@ struct Scalar {
   static LW_INLINE F32x16 bf16_odd(const U8x64& a) {
     return map([&](int i) { return bf16(a.v + 4 * i + 2); });
   }
+
+  // ---- what gemm_columns asks for beyond that (so avx2.h has none of it)
+  // Eight inputs of 8 interleaved rows, [2][8][4], input by input: runs of 8 bytes.
+  static LW_INLINE void split_rows(int8_t* to, int64_t stride, const int8_t* from) {
+    for (int i = 0; i < 8; ++i)
+      for (int r = 0; r < 8; ++r) to[i * stride + r] = from[(i / 4 * 8 + r) * 4 + i % 4];
+  }
+  // Four inputs of 64 rows as four blocks [16 rows][4 inputs]; row r is then at joined_row(r).
+  static LW_INLINE void join_rows(U8x64 (&to)[4], const int8_t* a, const int8_t* b, const int8_t* c,
+                                  const int8_t* d) {
+    for (int r = 0; r < 64; ++r) {
+      const int8_t four[4] = {a[r], b[r], c[r], d[r]};
+      std::memcpy(to[joined_row(r) / 16].v + joined_row(r) % 16 * 4, four, 4);
+    }
+  }
+  static constexpr int joined_row(int r) { return r / 4 % 4 * 16 + r / 16 * 4 + r % 4; }
 
   // ---- what the AMX driver asks for beyond that (so avx2.h has none of it)
   static LW_INLINE U8x64 sub_u8(const U8x64& a, uint8_t c) {
@@ -268,6 +313,11 @@ struct Scalar {
         for (int i = 0; i < 4; ++i) acc.sum.v[o] += w.v[4 * o + i] * x4[i];
     }
     static LW_INLINE I32x16 finish(const Acc& acc, int32_t) { return acc.sum; }
+    // The roles exchanged: four codes, and a block of 16 rows x 4 activations.
+    static LW_INLINE void step_by(I32x16& sum, const uint8_t* w4, const U8x64& x) {
+      for (int r = 0; r < 16; ++r)
+        for (int i = 0; i < 4; ++i) sum.v[r] += w4[i] * static_cast<int8_t>(x.v[4 * r + i]);
+    }
   };
 
   // The same sum for many rows: weight blocks are brought once into the form that multiplies
@@ -295,6 +345,8 @@ struct Scalar {
   static constexpr int kAttentionSums = 4, kAttentionBatch = 4;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 1;
+  // Whether many rows of activations go to the columns that a strip keeps (gemm_columns.h).
+  static constexpr bool kColumnGemm = true;
   // Prefetching by software.
   static constexpr bool kPrefetch = false;
   static constexpr int kGemvBlock = 4;  // rows whose integer sums fit the registers

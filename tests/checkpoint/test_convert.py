@@ -64,6 +64,12 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert np.array_equal(array, other[name].parts[part]), (name, part)
 
 
+def share_to_prune(format: str) -> float | None:
+    """A sparsity for the formats that need one; of zeros enough for every format to pay."""
+    kind = FORMATS.get(format)
+    return 0.6 if kind is not None and kind.sparse and not kind.fixed_sparsity else None
+
+
 def relative_error(model: PackedModel, source: Source, name: str) -> float:
     packed = model.tensors[name]
     assert isinstance(packed, PackedTensor)
@@ -93,7 +99,9 @@ def test_auto_packs_on_the_own_or_nearest_grid(tmp_path: Path, type: str) -> Non
 def test_every_format(gguf: Path, format: str) -> None:
     model, source = load_model(gguf, format), open_source(gguf)
     table = format.removesuffix("_sp") if format.startswith("bf16") else "w8a8g32"
-    twin = format.removesuffix("_sp")  # nothing is pruned here: sparse does not pay
+    kind = FORMATS[format]
+    dense = (dense_twin(kind) or kind).name
+    twin = format if kind.fixed_sparsity else dense  # nothing is pruned: sparse does not pay
     for report in model.reports:
         if len(report.shape) == 2:
             assert report.format == (table if report.name == EMBEDDING else twin)
@@ -103,6 +111,25 @@ def test_every_format(gguf: Path, format: str) -> None:
             expected = relative_error(model, source, report.name)
             assert report.error == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert model.tensors.keys() == source.spec.tensor_shapes().keys()
+
+
+def test_blocks_are_dropped_as_a_whole(gguf: Path) -> None:
+    """The report counts what is stored: blocks, whatever single weights are zero."""
+    model = load_model(gguf, "w8a8_b16x1", sparsity=0.75, machine="avx512")
+    report = next(r for r in model.reports if r.name == UP)
+    packed = model.tensors[UP]
+    assert isinstance(packed, PackedTensor)
+    assert (packed.format, report.instead_of) == ("w8a8_b16x1", None)
+    weights = get_format("w8a8_b16x1").dequantize(packed)
+    n, k = weights.shape
+    assert report.density == pytest.approx(1 - int(k * 0.75 + 0.5) / k)
+    for begin in range(0, n, 16):
+        there = (weights[begin : begin + 16] != 0).any(axis=0)
+        assert there.sum() == k - int(k * 0.75 + 0.5)
+    assert all(
+        r.format != "w8a8_b16x1"
+        for r in load_model(gguf, "w8a8_b16x1", sparsity=0.75, machine="scalar").reports
+    )
 
 
 @pytest.mark.parametrize("format", ["w8a8g64_sp", "w4a8g64_sp", "w8a8g32", "w4a8g64"])
@@ -194,9 +221,11 @@ def test_threads_do_not_matter(gguf: Path, format: str) -> None:
     assert_equal(one, three)
 
 
-@pytest.mark.parametrize("format", ["auto", "w4a8g64_sp", "w8a8g64_sp", "w5a8g32z", "bf16"])
+@pytest.mark.parametrize(
+    "format", ["auto", "w4a8g64_sp", "w8a8g64_sp", "w8a8_b16x1", "w5a8g32z", "bf16"]
+)
 def test_cuts_do_not_matter(gguf: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparsity = 0.6 if format.endswith("_sp") else None
+    sparsity = share_to_prune(format)
     whole = load_model(gguf, format, sparsity=sparsity)
     monkeypatch.setattr(formats_base, "CHUNK", 5000)
     cut = load_model(gguf, format, sparsity=sparsity)
@@ -253,7 +282,7 @@ def test_a_type_that_cannot_be_read_is_refused_before_any_work(tmp_path: Path) -
 
 @pytest.mark.parametrize("format", ["auto", *FORMATS])
 def test_a_packed_directory_is_the_model(tmp_path: Path, gguf: Path, format: str) -> None:
-    sparsity = 0.6 if format.endswith("_sp") else None
+    sparsity = share_to_prune(format)
     model = load_model(gguf, format, sparsity=sparsity)
     reports = write_packed(gguf, tmp_path / "packed", format, sparsity)
     for found in (load_packed(tmp_path / "packed"), load_model(tmp_path / "packed")):
@@ -278,7 +307,7 @@ def test_a_packed_directory_is_mapped(tmp_path: Path, gguf: Path) -> None:
 
 @pytest.mark.parametrize("format", ["auto", "w8a8g32", "w4a8g64_sp"])
 def test_packing_again_keeps_what_fits(tmp_path: Path, gguf: Path, format: str) -> None:
-    sparsity = 0.6 if format.endswith("_sp") else None
+    sparsity = share_to_prune(format)
     write_packed(gguf, tmp_path / "once", format, sparsity)
     reports = write_packed(tmp_path / "once", tmp_path / "twice")
     assert all(report.exact for report in reports)
@@ -287,7 +316,7 @@ def test_packing_again_keeps_what_fits(tmp_path: Path, gguf: Path, format: str) 
 
 @pytest.mark.parametrize("format", ["w4a8g64_sp", "w8a8g64_sp", "w4a8g32z", "bf16"])
 def test_packed_rows_are_read_in_runs(tmp_path: Path, gguf: Path, format: str) -> None:
-    sparsity = 0.6 if format.endswith("_sp") else None
+    sparsity = share_to_prune(format)
     write_packed(gguf, tmp_path / "packed", format, sparsity)
     tensor = open_source(tmp_path / "packed").tensors[UP]
     whole = tensor.dequantize()

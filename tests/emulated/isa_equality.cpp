@@ -156,6 +156,7 @@ bool same(const char* a, const char* b) {
 }
 
 bool is_sparse(const FormatInfo& f) { return same(f.part_names[0], "stream"); }
+bool in_blocks(const FormatInfo& f) { return same(f.name, "w8a8_b16x1"); }
 bool has_minimum(const FormatInfo& f) { return f.name[6] == '2' && f.name[7] == 'z'; }
 bool is_24(const FormatInfo& f) { return same(f.part_names[0], "records"); }
 int bits_of(const FormatInfo& f) { return f.group == 0 ? 16 : f.name[1] - '0'; }  // bf16, w8, ..
@@ -199,9 +200,28 @@ int64_t sparse_record(uint8_t* p, int bits, int density, uint64_t seed) {
   return scales + 128 + values;
 }
 
-// Strips of random records, twice: to know the size, then to write.
+// As `sparse_record`, a whole strip of blocks of 16 outputs x 1 input.
+int64_t block_strip(uint8_t* p, int64_t k, int density, uint64_t seed) {
+  const uint64_t saved = state;
+  state = seed;
+  const int64_t k_pad = (k + 63) / 64 * 64, head = (32 + k_pad / 8 + 63) / 64 * 64;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < k_pad; i += 64) {
+    uint64_t bitmap = random_bitmap(density < 5 ? density : static_cast<int>(below(5)));
+    if (k - i < 64) bitmap &= (uint64_t{1} << (k - i)) - 1;
+    kept += __builtin_popcountll(bitmap);
+    if (p) __builtin_memcpy(p + 32 + i / 8, &bitmap, 8);
+  }
+  const int64_t codes = (kept + 3) / 4 * 64;
+  if (p) random_scales(p, 16);
+  if (p) random_bytes(p + head, codes);
+  state = saved;
+  return head + codes;
+}
+
+// Strips of random records, or of blocks, twice: to know the size, then to write.
 void sparse_weight(PackedTensor& w, const FormatInfo& f) {
-  const int64_t groups = f.k_pad(w.k) / 64;
+  const int64_t groups = in_blocks(f) ? 0 : f.k_pad(w.k) / 64;  // records of a strip
   auto* offsets = slot<int64_t>(kPart1, w.strips() + 1);
   const uint64_t seed = random64();
   uint8_t* stream = nullptr;
@@ -209,6 +229,9 @@ void sparse_weight(PackedTensor& w, const FormatInfo& f) {
     int64_t at = 0, record = 0;
     for (int64_t s = 0; s < w.strips(); ++s) {
       offsets[s] = at;
+      if (in_blocks(f))
+        at += block_strip(stream ? stream + at : nullptr, w.k, static_cast<int>((seed + s) % 6),
+                          seed ^ (s * 0x10001));
       for (int64_t g = 0; g < groups; ++g, ++record)
         at += sparse_record(stream ? stream + at : nullptr, bits_of(f),
                             static_cast<int>((seed + record) % 6), seed ^ (record * 0x10001));
@@ -337,7 +360,7 @@ void linear(const KernelTable& t, const PackedTensor& w, const Rows& x, int vari
   if (variant == 2)
     for (int64_t r = 0; r < x.m; ++r) memcpy(y + r * ldy, bias, static_cast<size_t>(w.n) * 4);
   const int64_t middle = variant == 2 ? w.strips() / 2 : 0;
-  void* scratch = slot<uint8_t>(kScratch, t.linear_scratch);
+  void* scratch = slot<uint8_t>(kScratch, kLinearScratch);
   const LinearArgs args{&w, &x, bias, y, ldy, variant == 2, 0, middle, scratch};
   LinearArgs rest = args;
   rest.strip_begin = middle;

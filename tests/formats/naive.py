@@ -27,7 +27,10 @@ def random_codes(fmt: Format, n: int, k: int, seed: int = 0, density: float = 0.
             bits[rng.random((n, k)) >= density] = 0
         return Codes(bits)
     q = rng.integers(0, fmt.max_code + 1, (n, k)).astype(np.uint8)
-    if fmt.sparse:
+    if fmt.name.endswith("_b16x1"):
+        dropped = rng.random((math.ceil(n / 16), k)) >= density
+        q[np.repeat(dropped, 16, axis=0)[:n]] = fmt.zero_point
+    elif fmt.sparse:
         q[rng.random((n, k)) >= density] = fmt.zero_point
     if fmt.name.endswith("_24"):
         for row in q:
@@ -48,9 +51,8 @@ class Lookup:
         self.n, self.k = codes.q.shape
         self.strips = math.ceil(self.n / 16)
         self.groups = math.ceil(self.k / (fmt.group_size or 2))
-        multiple = {"bf16": 2, "bf16_sp": 64, "w8a8": 64, "w1.6a8": 320}.get(
-            fmt.name, fmt.group_size
-        )
+        own = {"bf16": 2, "bf16_sp": 64, "w8a8": 64, "w8a8_b16x1": 64, "w1.6a8": 320}
+        multiple = own.get(fmt.name, fmt.group_size)
         self.k_pad = math.ceil(self.k / multiple) * multiple
 
     def code(self, o: int, i: int) -> int:
@@ -69,6 +71,8 @@ def parts(fmt: Format, codes: Codes) -> dict[str, bytes]:
         return {"values": bf16(w)}
     if fmt.name.endswith("_24"):
         return {"records": records_24(w)}
+    if fmt.name.endswith("_b16x1"):
+        return laid_out([strip_of_blocks(w, s) for s in range(w.strips)])
     if fmt.sparse:
         return stream(w)
     if fmt.name == "w1.6a8":
@@ -182,11 +186,16 @@ def scales(w: Lookup) -> bytes:
 
 
 def stream(w: Lookup) -> dict[str, bytes]:
+    one = record if w.fmt.group_size else bf16_record
+    records = range(math.ceil(w.k / 64))
+    return laid_out([b"".join(one(w, s, j) for j in records) for s in range(w.strips)])
+
+
+def laid_out(strips: list[bytes]) -> dict[str, bytes]:
     out = bytearray()
     offsets = [0]
-    for s in range(w.strips):
-        for j in range(math.ceil(w.k / 64)):
-            out += record(w, s, j) if w.fmt.group_size else bf16_record(w, s, j)
+    for strip in strips:
+        out += strip
         out += bytes(-len(out) % 64)
         offsets.append(len(out))
     out += bytes(64)
@@ -228,6 +237,22 @@ def bf16_record(w: Lookup, s: int, j: int) -> bytes:
                     values += struct.pack("<H", value)
         head += struct.pack("<I", word)
     return bytes(head + values)
+
+
+def strip_of_blocks(w: Lookup, s: int) -> bytes:
+    zero, outputs = w.fmt.zero_point, range(16 * s, 16 * s + 16)
+    kept = [i for i in range(w.k) if any(w.code(o, i) != zero for o in outputs)]
+    out = bytearray()
+    for o in outputs:
+        out += w.f16(w.codes.scales, o, 0)
+    for first in range(0, w.k_pad, 8):
+        out.append(sum(1 << (i - first) for i in kept if first <= i < first + 8))
+    out += bytes(-len(out) % 64)
+    for b in range(0, len(kept), 4):
+        for o in outputs:
+            four = [w.code(o, i) for i in kept[b : b + 4]]
+            out += bytes(four + [zero] * (4 - len(four)))
+    return bytes(out)
 
 
 def records_24(w: Lookup) -> bytes:

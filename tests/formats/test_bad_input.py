@@ -164,11 +164,11 @@ HOSTILE: list[tuple[str, Callable[[Any, Any], tuple[Any, Any]], str]] = [
     (
         "strip too short for its heads",
         lambda s, o: (s, o * [0, 0, 1, 1]),
-        "needs at least (320|256)",
+        "needs at least (320|256|64) bytes",
     ),
     ("strip too long", lambda s, o: (s, add(o, [0, 64, 0, 0])), "must end at|beyond its strip"),
     ("end too far", lambda s, o: (np.append(s, s[-64:]), add(o, [0, 0, 0, 64])), "must end at"),
-    ("strip too short", lambda s, o: (s, add(o, [0, -64, 0, 0])), "beyond its strip"),
+    ("strip too short", lambda s, o: (s, add(o, [0, -64, 0, 0])), "beyond its strip|must end at"),
     ("fewer bits", lambda s, o: (poke_all(s, 32, 128, 0), o), r"beyond its strip|must end at byte"),
     ("all bits", lambda s, o: (poke_all(s, 32, 128, 255), o), r"beyond its strip|must end at"),
 ]
@@ -196,6 +196,23 @@ def test_zeros_that_are_stored() -> None:
     packed = damaged(fmt, lambda s, o: (poke(s, HEAD, 128), o))
     with pytest.raises(FormatError, match="store zeros explicitly"):
         fmt.unpack(packed)
+
+
+def test_blocks_of_zeros_that_are_stored() -> None:
+    fmt = get_format("w8a8_b16x1")
+    packed = damaged(fmt, lambda s, o: (poke_all(s, 64, 128, 128), o))
+    with pytest.raises(FormatError, match="strip 0 stores zeros explicitly"):
+        fmt.unpack(packed)
+
+
+def test_blocks_beyond_the_last_input() -> None:
+    fmt = get_format("w8a8_b16x1")
+    packed = fmt.pack(naive.random_codes(fmt, 40, 100, density=1.0))
+    stream = packed.parts["stream"].copy()
+    stream[32 + 12] ^= 0x11  # input 96 is dropped, 100 kept: as many as before
+    parts = {**packed.parts, "stream": stream}
+    with pytest.raises(FormatError, match="strip 0 keeps an input beyond the last of 100"):
+        fmt.unpack(PackedTensor(fmt.name, (40, 100), parts))
 
 
 @STREAMS

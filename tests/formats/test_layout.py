@@ -47,7 +47,7 @@ def test_unpack_returns_the_codes(fmt: Format, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 1.0])
-@pytest.mark.parametrize("name", ["w8a8g64_sp", "w4a8g64_sp", "bf16_sp"])
+@pytest.mark.parametrize("name", ["w8a8g64_sp", "w4a8g64_sp", "bf16_sp", "w8a8_b16x1"])
 def test_sparse_streams_of_any_density(name: str, density: float) -> None:
     fmt = get_format(name)
     codes = naive.random_codes(fmt, 35, 200, seed=2, density=density)
@@ -73,7 +73,7 @@ def test_a_matrix_of_several_chunks(fmt: Format, monkeypatch: pytest.MonkeyPatch
     codes = naive.random_codes(fmt, 100, 70)
     whole = fmt.pack(codes)
     monkeypatch.setattr("lacewing.formats.base.CHUNK", 16 * 70)
-    monkeypatch.setattr("lacewing.formats.sparse.CHUNK", 16 * 128)
+    monkeypatch.setattr("lacewing.formats.stream.CHUNK", 16 * 128)
     pieces = fmt.pack(codes)
     for name in fmt.part_names:
         assert pieces.parts[name].tobytes() == whole.parts[name].tobytes()
@@ -130,7 +130,7 @@ def test_bits_per_weight(name: str, bits: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits", "head"),
-    [("w8a8g64_sp", 8, 1.25), ("w4a8g64_sp", 4, 1.25), ("bf16_sp", 16, 1)],
+    [("w8a8g64_sp", 8, 1.25), ("w4a8g64_sp", 4, 1.25), ("bf16_sp", 16, 1), ("w8a8_b16x1", 8, 0.09)],
 )
 def test_bits_per_weight_of_sparse_formats(name: str, bits: int, head: float) -> None:
     fmt = get_format(name)

@@ -60,7 +60,9 @@ def test_pruned_weights_are_zero_in_every_format_that_can_hold_them(name: str) -
     fmt = get_format(name)
     weight = np.random.default_rng(2).standard_normal((6, 100), f32)
     rounded = fmt.dequantize(pack(weight, name, 0.6))
-    assert not rounded[~magnitude_mask(weight, 0.6)].any()
+    keep = fmt.mask(weight, 0.6)
+    assert keep is not None
+    assert not rounded[~keep].any()
 
 
 @pytest.mark.parametrize("name", ["w4a8g32z", "w5a8g32z", "w2a8g64"])
@@ -76,6 +78,33 @@ def test_without_sparsity_only_zeros_are_absent() -> None:
     codes = get_format("w8a8g64_sp").round(weight)
     assert ((codes.q == 128) == (np.abs(weight) < 0.01)).mean() > 0.98
     assert (codes.q[:, ::2] == 128).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
+def test_blocks_of_smallest_norm_go(sparsity: float) -> None:
+    """In every strip the same number of inputs, all 16 weights (in the last strip 3) or none."""
+    weight = np.random.default_rng(2).laplace(size=(35, 77)).astype(np.float32)
+    weight[:16] *= 100  # a choice over the whole matrix would keep these
+    fmt = get_format("w8a8_b16x1")
+    keep = fmt.mask(weight, sparsity)
+    assert keep is not None
+    dropped = math.floor(77 * sparsity + 0.5)
+    for begin in (0, 16, 32):
+        strip = keep[begin : begin + 16]
+        assert (strip == strip[0]).all()
+        norms = np.sqrt((weight[begin : begin + 16].astype(np.float64) ** 2).sum(axis=0))
+        want = np.ones(77, np.bool_)
+        want[np.argsort(norms, kind="stable")[:dropped]] = False
+        assert np.array_equal(strip[0], want)
+    codes = fmt.round(weight, sparsity)
+    assert (codes.q[~keep] == fmt.zero_point).all()
+    assert fmt.stored(codes) == 35 * (77 - dropped)
+
+
+def test_equal_blocks_go_from_the_first_on() -> None:
+    keep = get_format("w8a8_b16x1").mask(np.ones((16, 8), np.float32), 0.375)
+    assert keep is not None
+    assert np.array_equal(keep[0], np.arange(8) >= 3)
 
 
 @pytest.mark.parametrize("name", ["w8a8g64_24", "w4a8g64_24"])

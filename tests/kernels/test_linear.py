@@ -196,7 +196,34 @@ def test_quantize_rows(isa: str, group: int, k: int) -> None:
             assert got.dtype == want.dtype and np.array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w1.6a8"])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.3, 0.97, 1.0])
+def test_blocks_of_any_density(isa: str, density: float) -> None:
+    """Every pattern of four inputs, at every place of the stored block where it may begin."""
+    fmt = get_format("w8a8_b16x1")
+    rng = np.random.default_rng(3)
+    for k in (3, 64, 333, 1000):
+        q = rng.integers(0, 256, (40, k)).astype(np.uint8)
+        q[np.repeat(rng.random((3, k)) >= density, 16, axis=0)[:40]] = fmt.zero_point
+        packed = fmt.pack(Codes(q, rng.standard_normal((40, 1)).astype(np.float16)))
+        x = random_rows(max(MS), k)
+        want = fmt.reference_linear(x, packed)
+        for m in MS:
+            got = _C.linear(x[:m], tensor_of(packed), isa=isa, threads=1)
+            assert np.array_equal(got, want[:m]), (k, m)
+        ids = np.arange(40, dtype=np.int32)
+        values = fmt.dequantize(packed)
+        assert np.array_equal(_C.gather_rows(tensor_of(packed), ids, isa=isa), values)
+
+
+@pytest.mark.parametrize("k", [20480, 20481])
+def test_blocks_in_rows_too_long_to_lie_side_by_side(isa: str, k: int) -> None:
+    """Here the driver of many rows has no more room, and leaves them to another."""
+    packed, x = random_packed("w8a8_b16x1", 17, k), random_rows(65, k)
+    want = get_format("w8a8_b16x1").reference_linear(x, packed)
+    assert np.array_equal(_C.linear(x, tensor_of(packed), isa=isa), want)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w1.6a8", "w8a8_b16x1"])
 def test_sums_of_the_longest_row(isa: str, name: str) -> None:
     """The largest integers there are, 128 * 127 * 2^17 in eight bits, of either sign."""
     fmt, m = get_format(name), 11

@@ -13,7 +13,7 @@ import pytest
 from kernels.support import random_packed, tensor_of
 
 from lacewing import _C
-from lacewing.formats import FORMATS, get_format
+from lacewing.formats import FORMATS, Codes, get_format
 
 Bytes = npt.NDArray[np.uint8]
 SPARSE = [name for name in FORMATS if get_format(name).sparse]
@@ -54,7 +54,7 @@ def test_sizes_must_fit(name: str) -> None:
         _C.Tensor(name, N + 64, K, parts)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w1.6a8"])
+@pytest.mark.parametrize("name", ["w8a8", "w1.6a8", "w8a8_b16x1"])
 def test_rows_that_are_too_long(name: str) -> None:
     refuse(name, parts_of(name), "131072", k=(1 << 17) + 1)
 
@@ -100,6 +100,16 @@ def test_hostile_bitmaps(name: str) -> None:
     stream, raw = parts_of(name)
     stream[32 if get_format(name).group_size else 0 :][:128] = 255
     refuse(name, [stream, raw], "strip ends")
+
+
+def test_blocks_beyond_the_last_input() -> None:
+    """As many bits as before, so that nothing else is wrong."""
+    fmt = get_format("w8a8_b16x1")
+    packed = fmt.pack(Codes(np.full((N, K), 5, np.uint8), np.ones((N, 1), np.float16)))
+    stream, offsets = packed.parts["stream"].copy(), packed.parts["offsets"].view(np.uint8)
+    stream[32 + K // 8 - 1] ^= 0x80
+    stream[32 + K // 8] ^= 0x01
+    refuse("w8a8_b16x1", [stream, offsets], "beyond k")
 
 
 @pytest.mark.parametrize("name", SPARSE)

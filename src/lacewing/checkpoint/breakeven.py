@@ -12,6 +12,7 @@ the limit on a machine with so many cores that only memory counts.
     w4a8g64_sp    0.75    0.68     never   never
     w8a8g64_24    0.87    always   always  never      (the share is 0.5 by construction)
     w4a8g64_24    0.75    always   never   never
+    w8a8_b16x1    0.99    0.88     0.65    never      (2 cores of a Zen 4; twin w8a8)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _BREAK_EVEN: dict[str, dict[str, float]] = {
     "w4a8g64_sp": {"avx512": 0.68},
     "w8a8g64_24": {"avx512": 1.0, "avx2": 1.0},
     "w4a8g64_24": {"avx512": 1.0},
+    "w8a8_b16x1": {"avx512": 0.88, "avx2": 0.65},
 }
 
 

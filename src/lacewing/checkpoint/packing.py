@@ -43,7 +43,8 @@ class Report:
     """The sparse format that was asked for, where `format` is its dense twin because so many
     weights are not zero that the sparse one would be larger or slower."""
     density: float | None = None
-    """Share of the weights that are not zero, where a sparse format was asked for."""
+    """Share of the weights that a sparse format stores, where one was asked for: those that are not
+    zero; in blocks, of the blocks that are not all zeros."""
 
 
 @contextmanager
@@ -152,7 +153,7 @@ class Job:
 @dataclass(frozen=True)
 class _Piece:
     """Of one run of rows: squared norms of what rounding took away and of the weights, and how many
-    weights are not zero."""
+    weights are stored."""
 
     lost: float
     whole: float
@@ -170,7 +171,7 @@ def _round(
             own = tensor.codes(begin, end)
         if own is not None and own[0] == kind.name:
             _check_finite_bits(own[1])
-            return own[1], _Piece(0.0, 0.0, True, _kept(kind, own[1]))
+            return own[1], _Piece(0.0, 0.0, True, kind.stored(own[1]))
     weights = tensor.dequantize(begin, end)
     near = tensor.near_codes(begin, end) if not sparsity else None
     codes = near[1] if near is not None and near[0] == kind.name else None
@@ -180,11 +181,7 @@ def _round(
     lost -= weights
     missing = _square(lost)
     exact = missing == 0 and not lost.any()
-    return codes, _Piece(missing, _square(weights), exact, _kept(kind, codes))
-
-
-def _kept(kind: Format, codes: Codes) -> int:
-    return int(np.count_nonzero(codes.q != kind.zero_point)) if kind.sparse else codes.q.size
+    return codes, _Piece(missing, _square(weights), exact, kind.stored(codes))
 
 
 def _square(weights: F32) -> float:

@@ -16,6 +16,8 @@
     bf16_sp     16 bits per non-zero weight          1 + 16 * density
     w8a8g64_24  8 bits, two of every four weights    5.25
     w4a8g64_24  4 bits, two of every four weights    3.25
+    w8a8_b16x1  8 bits per weight of blocks of 16    0.06 + 8 * density
+                outputs x 1 input that are kept
 
 `docs/concepts/formats.md` shows the bytes.
 """
@@ -30,6 +32,7 @@ from lacewing.formats.activations import quantize_rows
 from lacewing.formats.asymmetric import W4z, W5z
 from lacewing.formats.base import ROW, Codes, Format, PackedTensor
 from lacewing.formats.bf16 import Bf16
+from lacewing.formats.block import W8b16x1
 from lacewing.formats.dense import W4, W8
 from lacewing.formats.narrow import W2, W3, Ternary
 from lacewing.formats.nm import W4of24, W8of24
@@ -55,6 +58,7 @@ _ALL: tuple[Format, ...] = (
     Bf16sp(),
     W8of24(),
     W4of24(),
+    W8b16x1(),
 )
 
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
@@ -73,7 +77,8 @@ def get_format(name: str) -> Format:
 def pack(weight: Any, format: str, sparsity: float | None = None) -> PackedTensor:
     """Rounds `weight` `[n, k]`, a numpy array or a torch tensor, to nearest and packs it.
 
-    sparsity: share of the weights of smallest magnitude in every row, in [0, 1), set to zero first.
+    sparsity: share of the weights of smallest magnitude in every row (in w8a8_b16x1: of the blocks
+    of smallest norm in every 16 rows), in [0, 1), set to zero first.
 
     Raises FormatError for an unknown format, NaN or infinite weights, a shape that is not `[n, k]`,
     and a sparsity that is out of range or that the format cannot hold.

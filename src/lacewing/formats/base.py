@@ -213,7 +213,7 @@ class Format(ABC):
         """Rounds `weight` `[n, k]` to the nearest codes, without calibration data.
 
         sparsity: share of the weights, in [0, 1), that is set to zero first: in every row the
-        `floor(k * sparsity + 0.5)` of smallest magnitude.
+        `floor(k * sparsity + 0.5)` of smallest magnitude, or what else `mask` says.
 
         Raises FormatError for NaN and infinities (with the first place), a shape that is not
         `[n, k]`, a sparsity out of range, and weights beyond the range of the format.
@@ -268,6 +268,11 @@ class Format(ABC):
         scales = np.empty((n, groups), np.float16) if groups else None
         mins = np.empty((n, groups), np.float16) if self.asymmetric else None
         return Codes(np.empty((n, k), self.code_dtype), scales, mins)
+
+    def stored(self, codes: Codes) -> int:
+        """How many of the weights `codes` the packed form stores: in a sparse format those that are
+        not zero."""
+        return int(np.count_nonzero(codes.q != self.zero_point)) if self.sparse else codes.q.size
 
     def check_codes(self, codes: Codes) -> tuple[int, int]:
         """Raises FormatError unless `codes` are codes of this format; returns `(n, k)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ __all__ = ["largest_of", "magnitude_mask"]
 F32 = npt.NDArray[np.float32]
 
 
-def magnitude_mask(rows: F32, sparsity: float) -> npt.NDArray[np.bool_]:
+def magnitude_mask(rows: npt.NDArray[np.floating[Any]], sparsity: float) -> npt.NDArray[np.bool_]:
     """True for the weights of `rows` `[n, k]` that stay.
 
     In every row exactly `floor(k * sparsity + 0.5)` weights go, those of smallest magnitude; of
@@ -28,7 +29,7 @@ def magnitude_mask(rows: F32, sparsity: float) -> npt.NDArray[np.bool_]:
         return np.ones((n, k), np.bool_)
     size = np.abs(rows)
     threshold = np.partition(size, drop - 1, axis=1)[:, drop - 1, None]
-    keep = size > threshold
+    keep: npt.NDArray[np.bool_] = size > threshold
     spare = keep.sum(axis=1) - (k - drop)
     for row in np.flatnonzero(spare):  # ties at the threshold: -spare of them stay, the last ones
         ties = np.flatnonzero(size[row] == threshold[row])

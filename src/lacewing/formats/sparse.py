@@ -12,34 +12,25 @@ Part `stream`: a strip of 16 outputs is a run of records, one per 64 inputs, bac
             high nibbles; as many bytes as the longer of the two needs
     padded with a zero byte to an even length
 
-Part `offsets`: int64 `[S+1]`, where each strip begins, multiples of 64, and where the last ends.
-Strips are padded with zeros to 64 bytes, and 64 zero bytes follow the last one, so that a kernel
-may load 64 bytes wherever a value begins.
+Padding and part `offsets`: `stream.py`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lacewing.errors import FormatError
-from lacewing.formats.base import CHUNK, Codes, Format, PackedTensor, aligned_empty
+from lacewing.formats.base import Codes
 from lacewing.formats.bf16 import Bf16
 from lacewing.formats.dense import Symmetric
-from lacewing.formats.tiles import (
-    STRIP,
-    ceil_to,
-    from_tiles,
-    strips,
-    to_strips,
-    to_tiles,
-)
+from lacewing.formats.stream import STREAM_AND_OFFSETS, Stream
+from lacewing.formats.tiles import STRIP, from_tiles, to_strips, to_tiles
 
-__all__ = ["Bf16sp", "Stream", "W4sp", "W8sp"]
+__all__ = ["Bf16sp", "Records", "W4sp", "W8sp"]
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -47,26 +38,16 @@ I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Array = npt.NDArray[Any]
 
-STREAM_AND_OFFSETS: Mapping[str, np.dtype[Any]] = {
-    "stream": np.dtype(np.uint8),
-    "offsets": np.dtype(np.int64),
-}
 RECORD_INPUTS = 64
 RECORD_ITEMS = STRIP * RECORD_INPUTS
 SCALE_BYTES = 2 * STRIP
 BITMAP_BYTES = RECORD_ITEMS // 8
-TAIL_BYTES = 64
-"""Zero bytes after the last strip."""
 NEGATIVE_ZERO = 0x8000
 """-0.0 in bf16: rounding makes it +0.0, which is not stored."""
 
 
-class Stream(Format):
-    """What the sparse formats share; how values are stored is theirs."""
-
-    sparse = True
-    part_dtypes = STREAM_AND_OFFSETS
-    input_multiple = RECORD_INPUTS
+class Records(Stream):
+    """What the unstructured formats share; how values are stored is theirs."""
 
     @property
     def _head_bytes(self) -> int:
@@ -77,26 +58,13 @@ class Stream(Format):
         """Records per strip."""
         return self.k_pad(k) // RECORD_INPUTS
 
-    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
-        return {"stream": (-1,), "offsets": (strips(n) + 1,)}
+    def _least_bytes(self, k: int) -> int:
+        return self._records(k) * self._head_bytes
 
     # -- packing --------------------------------------------------------------------------------
 
-    def pack(self, codes: Codes) -> PackedTensor:
-        n, k = self.check_codes(codes)
-        pieces = []
-        offsets = np.zeros(strips(n) + 1, np.int64)
-        for begin, end in _strip_chunks(n, k):
-            rows = codes.rows(begin * STRIP, min(end * STRIP, n))
-            piece, sizes = self._pack_records(rows, k)
-            pieces.append(piece)
-            offsets[begin + 1 : end + 1] = offsets[begin] + np.cumsum(sizes)
-        stream = aligned_empty((int(offsets[-1]) + TAIL_BYTES,), np.uint8)
-        np.concatenate([*pieces, np.zeros(TAIL_BYTES, np.uint8)], out=stream)
-        return PackedTensor(self.name, (n, k), {"stream": stream, "offsets": offsets})
-
-    def _pack_records(self, codes: Codes, k: int) -> tuple[U8, I64]:
-        """The bytes of whole strips, and the size of each strip."""
+    def _pack_strips(self, codes: Codes) -> tuple[U8, I64]:
+        k = codes.shape[1]
         tiles = to_tiles(codes.q, self.k_pad(k), self.zero_point)
         count, records = tiles.shape[0], self._records(k)
         items = tiles.reshape(count * records, RECORD_ITEMS)
@@ -128,43 +96,7 @@ class Stream(Format):
 
     # -- unpacking ------------------------------------------------------------------------------
 
-    def unpack(self, packed: PackedTensor) -> Codes:
-        self.validate(packed)
-        n, k = packed.shape
-        stream, offsets = packed.parts["stream"], packed.parts["offsets"]
-        self._check_room(self._records(k), offsets)
-        out = self.empty_codes(n, k)
-        for begin, end in _strip_chunks(n, k):
-            rows = out.rows(begin * STRIP, min(end * STRIP, n))
-            self._unpack_records(stream, offsets[begin : end + 1], begin, rows)
-        return out
-
-    def validate(self, packed: PackedTensor) -> None:
-        super().validate(packed)
-        stream, offsets = packed.parts["stream"], packed.parts["offsets"]
-        size = len(stream) - TAIL_BYTES
-        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or (offsets % 64 != 0).any():
-            raise FormatError(
-                f"{self.name} offsets must begin at 0, not decrease, and be multiples of 64"
-            )
-        if offsets[-1] != size:
-            raise FormatError(
-                f"{self.name} stream must have {int(offsets[-1]) + TAIL_BYTES} bytes"
-                f" (end of the last strip + {TAIL_BYTES}), got {len(stream)}"
-            )
-
-    def _check_room(self, records: int, offsets: I64) -> None:
-        """Before memory for the codes is taken: every strip can hold the heads of its records."""
-        least = records * self._head_bytes
-        short = np.flatnonzero(np.diff(offsets) < least)
-        if short.size:
-            raise FormatError(
-                f"{self.name} strip {short[0]} needs at least {least} bytes for its"
-                f" {records} records, got {offsets[short[0] + 1] - offsets[short[0]]}"
-            )
-
-    def _unpack_records(self, stream: U8, offsets: I64, first_strip: int, out: Codes) -> None:
-        """Fills `out`, whole strips, whose bytes lie between consecutive `offsets`."""
+    def _unpack_strips(self, stream: U8, offsets: I64, first_strip: int, out: Codes) -> None:
         n, k = out.shape
         count, records, head = len(offsets) - 1, self._records(k), self._head_bytes
         starts = np.empty((count, records), np.int64)
@@ -205,7 +137,7 @@ class Stream(Format):
             )
 
 
-class Bf16sp(Stream, Bf16):
+class Bf16sp(Records, Bf16):
     """The two bytes of every non-zero bf16. Multiplied as bf16 with the zeros in their places."""
 
     name = "bf16_sp"
@@ -230,7 +162,7 @@ class Bf16sp(Stream, Bf16):
         return items
 
 
-class SparseCodes(Stream, Symmetric):
+class SparseCodes(Records, Symmetric):
     """The sparse integer formats: `weight = scale * (code - zero_point)`."""
 
     def __init__(self, bits: int, group: int) -> None:
@@ -305,11 +237,3 @@ def _even(count: I64) -> I64:
 def _ceil_to_64(at: I64) -> I64:
     out: I64 = -(-at // 64) * 64
     return out
-
-
-def _strip_chunks(n: int, k: int) -> Iterator[tuple[int, int]]:
-    """Ranges of strips of about CHUNK weights."""
-    count = strips(n)
-    step = max(1, CHUNK // (STRIP * ceil_to(k, 64)))
-    for begin in range(0, count, step):
-        yield begin, min(begin + step, count)
