@@ -2,8 +2,9 @@
 
 python benchmarks/attention.py [--torch-python VENV/python] [--head-dim 64 128]
 
-Decode rotates through layers of a cache of at least `--megabytes`; prefill is one layer. 8 KV heads
-of 4 query heads each. Every round asks all formats and PyTorch once, in turn.
+Decode rotates through layers of a cache of at least `--megabytes`; prefill is one layer. The heads
+are those of Llama 3.2 1B (head_dim 64) and 3.1 8B (128) unless told otherwise. Every round asks
+all formats and PyTorch once, in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import harness
 
-KV_HEADS, GROUP = 8, 4
 TORCH = {"torch bf16": "bfloat16", "torch f32": "float32"}
 BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "torch bf16": 2, "torch f32": 4}
 
@@ -22,9 +22,11 @@ BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "torch bf16": 2, "torch f32":
 def main() -> None:
     parser = argparse.ArgumentParser(description="Attention per KV cache format, and PyTorch's.")
     parser.add_argument("--torch-python", help="an interpreter with PyTorch")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4, help="query heads of a KV head")
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--decode", nargs="*", type=int, default=[4096, 16384, 65536])
-    parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 4096, 8192])
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 8192])
     parser.add_argument("--kv", nargs="+", default=["f16", "bf16", "f32", "int8"])
     parser.add_argument("--megabytes", type=int, default=1024)
     harness.add_common_arguments(parser)
@@ -40,7 +42,7 @@ def main() -> None:
         torch.close()
     show(found)
     if not args.no_save:
-        record: dict[str, Any] = {"kv_heads": KV_HEADS, "group": GROUP, "rows": found}
+        record: dict[str, Any] = {"kv_heads": args.kv_heads, "group": args.group, "rows": found}
         if args.label:
             record["label"] = args.label
         print("saved", harness.save("attention", record, args.threads))
@@ -59,28 +61,36 @@ def measure(
     for turn in range(args.rounds):
         roofs.append(_C.read_bandwidth(args.megabytes << 20, args.threads, None, 0.1))
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            one = 2 * KV_HEADS * tokens * d * BYTES[name]
+            one = 2 * args.kv_heads * tokens * d * BYTES[name]
             layers = 1 if rows > 1 else max(1, (args.megabytes << 20) // one)
             if name in TORCH:
                 assert torch
                 answer = torch.ask(
-                    "attention", dtype=TORCH[name], layers=layers, kv_heads=KV_HEADS, group=GROUP,
-                    head_dim=d, tokens=tokens, rows=rows,
+                    "attention", dtype=TORCH[name], layers=layers, kv_heads=args.kv_heads,
+                    group=args.group, head_dim=d, tokens=tokens, rows=rows,
                 )  # fmt: skip
                 seconds[name].append(answer["seconds"])
                 sizes[name] = layers * one
             else:
                 times, sizes[name] = _C.time_attention(
-                    name, layers, KV_HEADS, GROUP, d, tokens, rows, 1, args.threads
+                    name, layers, args.kv_heads, args.group, d, tokens, rows, 1, args.threads
                 )
                 seconds[name] += times
         harness.progress(f"{'decode' if rows == 1 else 'prefill'} {tokens} d={d}: round {turn + 1}")
     roof = max(roofs)
-    return [result(name, d, tokens, rows, seconds[name], sizes[name], roof) for name in names]
+    heads = args.kv_heads * args.group
+    return [result(n, heads, d, tokens, rows, seconds[n], sizes[n], roof) for n in names]
 
 
 def result(
-    name: str, d: int, tokens: int, rows: int, times: list[float], size: int, roof: float
+    name: str,
+    heads: int,
+    d: int,
+    tokens: int,
+    rows: int,
+    times: list[float],
+    size: int,
+    roof: float,
 ) -> dict[str, Any]:
     seconds = statistics.median(times)
     row = {
@@ -95,7 +105,7 @@ def result(
         rate = size / seconds * 1e-9
         row |= {"cache_mb": size >> 20, "gb_s": round(rate, 2), "share": round(rate / roof, 3)}
         return row | {"read_bandwidth_gb_s": round(roof, 2)}
-    operations = 4 * d * KV_HEADS * GROUP * rows * (rows + 1) / 2
+    operations = 4 * d * heads * rows * (rows + 1) / 2
     return {**row, "gflop_s": round(operations / seconds * 1e-9, 1)}
 
 

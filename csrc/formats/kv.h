@@ -1,10 +1,11 @@
 // KV cache codecs: how the keys and values of 16 tokens and one head lie in a block, how one token
 // is stored, and how attention reads them. A codec knows no loop, no thread and no ISA.
 //
-//   floats  K [head_dim][16] (lanes are tokens), V [16][pad16(head_dim)]
-//   int8    f16 K scales [16], f16 V scales [16]: 64 bytes;
-//           K codes uint8 [pad4(head_dim)/4][16][4], 128 + code: a VNNI block is 16 tokens x 4;
-//           V codes int8 [16][pad16(head_dim)]
+//   f16, f32  K [head_dim][16] (lanes are tokens), V [16][pad16(head_dim)]
+//   bf16      K [pad2(head_dim)/2][16][2], V [8][pad16(head_dim)][2]: pairs of inputs, of tokens
+//   int8      f16 K scales [16], f16 V scales [16]: 64 bytes;
+//             K codes uint8 [pad4(head_dim)/4][16][4], 128 + code: a VNNI block is 16 tokens x 4;
+//             V codes int8 [4][pad16(head_dim)][4]: 16 columns x 4 tokens
 //
 // Parts begin at multiples of 64 bytes. Everything stored is finite: attention multiplies masked
 // lanes by 0, and a block's next owner must not meet the NaN of the last one.
@@ -19,55 +20,55 @@ namespace {
 
 inline constexpr int64_t pad_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Blocks of numbers that one vocabulary word turns into floats. `Number` has Element, kLargest and
-// load and store of 16 elements.
+// Numbers that few vocabulary words turn into floats. `Number` has Element, kLargest, kRows (rows
+// of 16 that lie together, element by element), load of one of them and store of 16 elements.
 template <class Number>
 struct FloatKv {
   using Element = typename Number::Element;
   static constexpr bool kInteger = false;
-  static constexpr int64_t kLineRows = 64 / (16 * sizeof(Element));  // rows of 16 in 64 bytes
+  static constexpr int kRows = Number::kRows;  // inputs of keys, tokens of values
+  static constexpr int64_t kRowsBytes = 16 * kRows * sizeof(Element);
 
   static constexpr int64_t keys_at(int64_t) { return 0; }
   static constexpr int64_t values_at(int64_t head_dim) {
-    return pad_to(head_dim * kBlock * static_cast<int64_t>(sizeof(Element)), 64);
+    return pad_to(pad_to(head_dim, kRows) / kRows * kRowsBytes, 64);
   }
+  // Of kRows tokens.
   static constexpr int64_t value_pitch(int64_t head_dim) {
-    return pad_to(head_dim, 16) * static_cast<int64_t>(sizeof(Element));
+    return pad_to(head_dim, 16) / 16 * kRowsBytes;
   }
   static constexpr int64_t block_bytes(int64_t head_dim) {
-    return values_at(head_dim) + kBlock * value_pitch(head_dim);
+    return values_at(head_dim) + kBlock / kRows * value_pitch(head_dim);
   }
 
-  // Input d of 16 tokens.
+  // Input d + r of 16 tokens, d a multiple of kRows.
   template <class S>
-  static LW_INLINE typename S::F32x16 key(const uint8_t* keys, int64_t d) {
-    return load<S>(keys, d * kBlock);
+  static LW_INLINE typename S::F32x16 key(const uint8_t* block, int64_t d, int r) {
+    return Number::template load<S>(block + d / kRows * kRowsBytes, r);
   }
-  // Columns column..column + 15 of one token.
+  // Columns column..column + 15 of token r of kRows.
   template <class S>
-  static LW_INLINE typename S::F32x16 value(const uint8_t* row, int64_t column) {
-    return load<S>(row, column);
+  static LW_INLINE typename S::F32x16 value(const uint8_t* tokens, int64_t column, int r) {
+    return Number::template load<S>(tokens + column / 16 * kRowsBytes, r);
   }
 
   template <class S>
   static void store(const float* k, const float* v, uint8_t* block, int64_t lane,
                     int64_t head_dim) {
     Element row[16];
-    auto* keys = reinterpret_cast<Element*>(block);
-    auto* values =
-        reinterpret_cast<Element*>(block + values_at(head_dim) + lane * value_pitch(head_dim));
+    auto* keys = reinterpret_cast<Element*>(block) + lane * kRows;
+    auto* values = reinterpret_cast<Element*>(block + values_at(head_dim) +
+                                              lane / kRows * value_pitch(head_dim)) +
+                   lane % kRows;
     for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
       Number::template store<S>(row, finite<S>(load_lanes<S>(k + i, lanes)));
-      for (int64_t j = 0; j < lanes; ++j) keys[(i + j) * kBlock + lane] = row[j];
-      Number::template store<S>(values + i, finite<S>(load_lanes<S>(v + i, lanes)));
+      for (int64_t j = i; j < i + lanes; ++j) keys[j / kRows * 16 * kRows + j % kRows] = row[j - i];
+      Number::template store<S>(row, finite<S>(load_lanes<S>(v + i, lanes)));
+      for (int64_t j = 0; j < 16; ++j) values[(i + j) * kRows] = row[j];
     });
   }
 
  private:
-  template <class S>
-  static LW_INLINE typename S::F32x16 load(const uint8_t* p, int64_t at) {
-    return Number::template load<S>(reinterpret_cast<const Element*>(p) + at);
-  }
   // NaN becomes the lowest value.
   template <class S>
   static LW_INLINE typename S::F32x16 finite(typename S::F32x16 v) {
@@ -78,9 +79,10 @@ struct FloatKv {
 struct F16 {
   using Element = uint16_t;
   static constexpr float kLargest = 65504.0f;
+  static constexpr int kRows = 1;
   template <class S>
-  static LW_INLINE typename S::F32x16 load(const uint16_t* p) {
-    return S::load_f16(p);
+  static LW_INLINE typename S::F32x16 load(const uint8_t* p, int) {
+    return S::load_f16(reinterpret_cast<const uint16_t*>(p));
   }
   template <class S>
   static LW_INLINE void store(uint16_t* p, typename S::F32x16 v) {
@@ -88,12 +90,15 @@ struct F16 {
   }
 };
 
+// In pairs: a shift or a mask makes a row of floats.
 struct Bf16Number {
   using Element = uint16_t;
   static constexpr float kLargest = 3.3895313892515355e38f;
+  static constexpr int kRows = 2;
   template <class S>
-  static LW_INLINE typename S::F32x16 load(const uint16_t* p) {
-    return S::load_bf16(p);
+  static LW_INLINE typename S::F32x16 load(const uint8_t* p, int r) {
+    const auto pairs = S::load_u8(p);
+    return r ? S::bf16_odd(pairs) : S::bf16_even(pairs);
   }
   template <class S>
   static LW_INLINE void store(uint16_t* p, typename S::F32x16 v) {
@@ -104,9 +109,10 @@ struct Bf16Number {
 struct F32 {
   using Element = float;
   static constexpr float kLargest = 3.4028234663852886e38f;
+  static constexpr int kRows = 1;
   template <class S>
-  static LW_INLINE typename S::F32x16 load(const float* p) {
-    return S::load(p);
+  static LW_INLINE typename S::F32x16 load(const uint8_t* p, int) {
+    return S::load(reinterpret_cast<const float*>(p));
   }
   template <class S>
   static LW_INLINE void store(float* p, typename S::F32x16 v) {
@@ -121,16 +127,16 @@ using F32Kv = FloatKv<F32>;
 // int8 per token and head, symmetric: scale = f16(max|x| / 127), code = round_even(x / scale).
 struct Int8Kv {
   static constexpr bool kInteger = true;
-  static constexpr int64_t kScales = 64;   // bytes: f16 [2][16], keys' then values'
-  static constexpr int64_t kLineRows = 1;  // a row of keys is a VNNI block
+  static constexpr int64_t kScales = 64;  // bytes: f16 [2][16], keys' then values'
 
   static constexpr int64_t keys_at(int64_t) { return kScales; }
   static constexpr int64_t values_at(int64_t head_dim) {
     return kScales + pad_to(head_dim, 4) * kBlock;
   }
-  static constexpr int64_t value_pitch(int64_t head_dim) { return pad_to(head_dim, 16); }
+  // Of 4 tokens.
+  static constexpr int64_t value_pitch(int64_t head_dim) { return 4 * pad_to(head_dim, 16); }
   static constexpr int64_t block_bytes(int64_t head_dim) {
-    return values_at(head_dim) + kBlock * value_pitch(head_dim);
+    return values_at(head_dim) + kBlock / 4 * value_pitch(head_dim);
   }
 
   template <class S>
@@ -141,11 +147,6 @@ struct Int8Kv {
   static LW_INLINE typename S::F32x16 value_scales(const uint8_t* block) {
     return S::load_f16(reinterpret_cast<const uint16_t*>(block) + kBlock);
   }
-  // Codes, without their scale.
-  template <class S>
-  static LW_INLINE typename S::F32x16 value(const uint8_t* row, int64_t column) {
-    return S::from_i32(S::load_i8(reinterpret_cast<const int8_t*>(row) + column));
-  }
 
   template <class S>
   static void store(const float* k, const float* v, uint8_t* block, int64_t lane,
@@ -154,11 +155,12 @@ struct Int8Kv {
     uint8_t* keys = block + kScales + 4 * lane;
     const float k_inverse = store_scale<S>(k, head_dim, scales);
     const float v_inverse = store_scale<S>(v, head_dim, scales + kBlock);
-    auto* row =
-        reinterpret_cast<int8_t*>(block + values_at(head_dim)) + lane * value_pitch(head_dim);
+    auto* values = reinterpret_cast<int8_t*>(block + values_at(head_dim)) +
+                   lane / 4 * value_pitch(head_dim) + lane % 4;
     int8_t codes[16];
     for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
-      S::store_i8(row + i, quantized<S>(load_lanes<S>(v + i, lanes), v_inverse));
+      S::store_i8(codes, quantized<S>(load_lanes<S>(v + i, lanes), v_inverse));
+      for (int64_t j = 0; j < 16; ++j) values[4 * (i + j)] = codes[j];
       S::store_i8(codes, quantized<S>(load_lanes<S>(k + i, lanes), k_inverse));
       for (int64_t j = 0; j < pad_to(lanes, 4); ++j)
         keys[(i + j) / 4 * 64 + j % 4] = static_cast<uint8_t>(codes[j] + 128);

@@ -3,8 +3,9 @@
 //
 // Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
-// cache's blocks as they are and prefetch; for many, each span is first widened to f32 in L2. What
-// is computed for one query depends on its own tokens only, never on its neighbours:
+// cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
+// f32 in L2. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
+// computed for one query depends on its own tokens only, never on its neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
 //   - a token outside a query's range has score -inf, weight 0, and leaves every sum as it is
@@ -12,6 +13,7 @@
 //     normalized by adding +0 at the end.
 #pragma once
 
+#include "ops/attention_codes.h"
 #include "ops/attention_kernels.h"
 
 namespace lacewing {
@@ -84,7 +86,11 @@ class Tile {
   }
 
   Tile(const AttentionArgs& a, int64_t u0, int64_t queries)
-      : a_(a), s_(*static_cast<Shared*>(a.scratch)), u0_(u0), queries_(queries) {
+      : a_(a),
+        s_(*static_cast<Shared*>(a.scratch)),
+        u0_(u0),
+        queries_(queries),
+        exponent_(a.scale * 1.44269504f) {
     direct_ = queries <= kDirect;
     pitch_ = pad_to(a.head_dim, 16);
     cut_batches();
@@ -128,8 +134,9 @@ class Tile {
  private:
   struct Shared {
     alignas(64) float score[12][kSpan];
+    alignas(64) uint8_t codes[12][kSpan * 2];  // of weights
     float value_scale[kSpan];
-    float rescale[16];
+    float rescale[16], weight_scale[16];
     float query_scale[kMaxTile + 12];
     int32_t query_sum[kMaxTile + 12];
     int64_t first[kMaxTile + 12], last[kMaxTile + 12];  // tokens attended, by slot
@@ -178,10 +185,12 @@ class Tile {
         const int64_t slot = batch.slot + i;
         const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
         if constexpr (Kv::kInteger) {
-          load_codes(from, slot, batch.size, codes_of(batch) + 4 * i);
+          s_.query_scale[slot] = query_codes<S, Kv>(from, a_.head_dim, batch.size,
+                                                    codes_of(batch) + 4 * i, s_.query_sum + slot);
         } else {
           float* to = query_ + batch.slot * pitch_ + i;
           for (int64_t d = 0; d < a_.head_dim; ++d) to[d * batch.size] = from[d];
+          if (a_.head_dim % 2) to[a_.head_dim * batch.size] = 0.0f;  // keys may lie in pairs
         }
       }
     }
@@ -189,28 +198,6 @@ class Tile {
 
   int8_t* codes_of(const Batch& batch) const {
     return reinterpret_cast<int8_t*>(query_ + batch.slot * pitch_);
-  }
-
-  // One query as int8 with one scale, every fourth of `size` x 4 bytes.
-  void load_codes(const float* x, int64_t slot, int64_t size, int8_t* to) {
-    auto largest = S::zero();
-    for_chunks(a_.head_dim, [&](int64_t i, int64_t lanes) {
-      largest = S::max(S::abs(load_lanes<S>(x + i, lanes)), largest);
-    });
-    const float amax = S::hmax(largest);
-    float inverse = 127.0f / amax;
-    const bool zero = !(inverse <= 3.402823466e38f);  // amax is 0 or too tiny to invert
-    if (zero) inverse = 0.0f;
-    auto sum = S::set1_i32(0);
-    for_chunks(a_.head_dim, [&](int64_t i, int64_t lanes) {
-      int8_t codes[16];
-      const auto q = Kv::template quantized<S>(load_lanes<S>(x + i, lanes), inverse);
-      sum = S::add_i32(sum, q);
-      S::store_i8(codes, q);
-      for (int64_t j = 0; j < lanes; j += 4) __builtin_memcpy(to + (i + j) * size, codes + j, 4);
-    });
-    s_.query_scale[slot] = zero ? 0.0f : amax / 127.0f;
-    s_.query_sum[slot] = S::sum_i32(sum);
   }
 
   // ---- tokens
@@ -227,16 +214,12 @@ class Tile {
     while (begin < end) {
       const int64_t next = (begin / kSpan + 1) * kSpan;
       const Span span = span_of(begin, next < end ? next : end);
-      if (direct_) {
-        for (int b = 0; b < batches_; ++b) attend_batch<true, Kv, Kv>(part, b, span, span);
-      } else {
-        const Span wide = expand_span<S, Kv>(span, a_.head_dim, wide_);
-        for (int b = 0; b < batches_; ++b)
-          if constexpr (Kv::kInteger)
-            attend_batch<false, Kv, F32Kv>(part, b, span, wide);
-          else
-            attend_batch<false, F32Kv, F32Kv>(part, b, wide, wide);
-      }
+      if (direct_)
+        attend_span<true, Kv>(part, span);
+      else if constexpr (Kv::kInteger)
+        attend_span<false, Kv>(part, span);
+      else
+        attend_span<false, F32Kv>(part, expand_span<S, Kv>(span, a_.head_dim, wide_));
       begin = span.end;
     }
   }
@@ -257,20 +240,26 @@ class Tile {
     return span;
   }
 
-  template <bool Direct, class KeyKv, class ValueKv>
-  void attend_batch(const Partial& part, int index, const Span& keys, const Span& values) {
+  template <bool Direct, class SpanKv>
+  void attend_span(const Partial& part, const Span& span) {
+    for (int b = 0; b < batches_; ++b) attend_batch<Direct, SpanKv>(part, b, span);
+  }
+
+  template <bool Direct, class SpanKv>
+  void attend_batch(const Partial& part, int index, const Span& span) {
     const Batch& batch = s_.batches[index];
-    const int64_t end = batch.stop < keys.end ? batch.stop : keys.end;
-    if (end <= keys.begin || batch.first >= keys.end) return;
-    const int blocks = static_cast<int>((end - keys.begin + kBlock - 1) / kBlock);
+    const int64_t end = batch.stop < span.end ? batch.stop : span.end;
+    if (end <= span.begin || batch.first >= span.end) return;
+    const int blocks = static_cast<int>((end - span.begin + kBlock - 1) / kBlock);
     float* score = s_.score[0];
     float* value = part.value + batch.slot * pitch_;
     const Queries queries{query_ + batch.slot * pitch_, codes_of(batch),
                           s_.query_scale + batch.slot, s_.query_sum + batch.slot};
+    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.rescale};
     with_size<S, Direct>(batch.size, [&]<int N>() {
-      score_span<S, KeyKv, N, Direct>(queries, keys, blocks, a_.head_dim, score);
-      weigh(part, index, N, keys.begin, blocks * kBlock);
-      add_values<S, ValueKv, N, Direct>(score, s_.rescale, values, blocks, a_.head_dim, value);
+      score_span<S, SpanKv, N, Direct>(queries, span, blocks, a_.head_dim, score);
+      weigh(part, index, N, span.begin, blocks * kBlock);
+      add_values<S, SpanKv, N, Direct>(weights, span, blocks, a_.head_dim, value);
     });
   }
 
@@ -281,12 +270,12 @@ class Tile {
     for (int64_t t = stop > 0 ? stop : 0; t < columns; ++t) score[t] = -__builtin_inff();
   }
 
-  // Scores become weights e^(scale (score - max)), times the value's scale if there is one;
-  // s_.rescale is what older sums must be multiplied by.
+  // Scores become weights e^(scale (score - max)), for integer codecs codes of weight times the
+  // value's scale; s_.rescale is what older sums must be multiplied by.
   void weigh(const Partial& part, int index, int size, int64_t begin, int64_t columns) {
     const int64_t slot = s_.batches[index].slot;
     float* maxima = part.max + 16 * index;
-    const auto old = S::load(maxima), factor = S::set1(a_.scale);
+    const auto old = S::load(maxima), factor = S::set1(exponent_);
     for (int q = 0; q < size; ++q) {
       float* score = s_.score[q];
       mask(score, slot + q, begin, columns);
@@ -294,26 +283,33 @@ class Tile {
       for (int64_t t = 0; t < columns; t += 16) largest = S::max(S::load(score + t), largest);
       maxima[q] = S::hmax(largest);
     }
-    S::store(s_.rescale, exp<S>(S::mul(S::sub(old, S::load(maxima)), factor)));
+    S::store(s_.rescale, exp2_negative<S>(S::mul(S::sub(old, S::load(maxima)), factor)));
     for (int q = 0; q < size; ++q) {
       float* score = s_.score[q];
       const auto max = S::set1(maxima[q]);
       float* sum = part.weight + 16 * (slot + q);
-      auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q]));
+      auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q])), top = S::zero();
       for (int64_t t = 0; t < columns; t += 16) {
-        auto e = exp<S>(S::mul(S::sub(S::load(score + t), max), factor));
+        auto e = exp2_negative<S>(S::mul(S::sub(S::load(score + t), max), factor));
         weight = S::add(weight, e);
-        if constexpr (Kv::kInteger) e = S::mul(e, S::load(s_.value_scale + t));
+        if constexpr (Kv::kInteger) {
+          e = S::mul(e, S::load(s_.value_scale + t));
+          top = S::max(e, top);
+        }
         S::store(score + t, e);
       }
       S::store(sum, weight);
+      if constexpr (Kv::kInteger) s_.weight_scale[q] = S::hmax(top);
     }
+    if constexpr (Kv::kInteger)
+      for (int q = 0; q < size; ++q)
+        s_.weight_scale[q] = weight_codes<S>(s_.score[q], columns, s_.weight_scale[q], s_.codes[q]);
   }
 
   // total = total + part, both brought to the larger maximum.
   void merge(const Partial& total, const Partial& part) {
     float old_factor[16], new_factor[16];
-    const auto factor = S::set1(a_.scale);
+    const auto factor = S::set1(exponent_);
     const auto join = [&](float* t, const float* p, int q) {
       const auto kept = S::mul(S::load(t), S::set1(old_factor[q]));
       S::store(t, S::fma(S::load(p), S::set1(new_factor[q]), kept));
@@ -321,8 +317,8 @@ class Tile {
     for (int b = 0; b < batches_; ++b) {
       float *t = total.max + 16 * b, *p = part.max + 16 * b;
       const auto old = S::load(t), fresh = S::load(p), max = S::max(old, fresh);
-      S::store(old_factor, exp<S>(S::mul(S::sub(old, max), factor)));
-      S::store(new_factor, exp<S>(S::mul(S::sub(fresh, max), factor)));
+      S::store(old_factor, exp2_negative<S>(S::mul(S::sub(old, max), factor)));
+      S::store(new_factor, exp2_negative<S>(S::mul(S::sub(fresh, max), factor)));
       S::store(t, max);
       for (int q = 0; q < s_.batches[b].size; ++q) {
         const int64_t slot = s_.batches[b].slot + q;
@@ -348,6 +344,7 @@ class Tile {
   const AttentionArgs& a_;
   Shared& s_;
   const int64_t u0_, queries_;
+  const float exponent_;  // e^(scale x) = 2^(exponent x)
   int64_t pitch_ = 0, slots_ = 0;
   int64_t first_ = 0, stop_ = 0;  // tokens that some query attends; first_ begins a block
   int batches_ = 0;

@@ -42,6 +42,31 @@ struct Queries {
   const int32_t* sums;  // [N], of codes
 };
 
+// Weights of a batch's queries over a span.
+struct Weights {
+  const float* values;   // [N][kSpan]; integer codecs:
+  const uint8_t* codes;  // [N][kSpan][2], as S::WideDot prepares them
+  const float* scales;   // [N], of codes
+  const float* rescale;  // [N]: what the sums over older tokens are multiplied by
+};
+
+// Where values prefetch: every pass over the columns takes its part of what the scores have left.
+struct Ahead {
+  const uint8_t* const* next;
+  int64_t pass, passes, share;
+
+  Ahead(const Span& span, int64_t column, int64_t columns, int64_t pitch, int64_t block_bytes)
+      : next(span.next + kScorePairs),
+        pass(column / columns),
+        passes(2 * (pitch / columns)),
+        share(block_bytes / passes / 64 * 64) {}
+
+  const uint8_t* from(int b) const {
+    const int64_t part = pass * kSpanBlocks + b;
+    return next[part / passes] + part % passes * share;
+  }
+};
+
 // score[q][column..] of N queries against `Blocks` blocks from block b of the span on.
 template <class S, class Kv, int N, int Blocks, bool Prefetch>
 inline void score_floats(const Queries& queries, const Span& span, int b, int64_t head_dim,
@@ -52,22 +77,25 @@ inline void score_floats(const Queries& queries, const Span& span, int b, int64_
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q) sums[i][q] = S::zero();
   const float* x = queries.values;
-  constexpr int kLines = 2 / Kv::kLineRows;  // of two blocks and one input
+  constexpr int kRows = Kv::kRows, kLines = 2 * Kv::kRowsBytes / 64;  // of two blocks
   const uint8_t* ahead = span.next[b / 2];
-  for (int64_t d = 0; d < head_dim; ++d, x += N) {
-    typename S::F32x16 keys[Blocks];
-#pragma GCC unroll 4
-    for (int i = 0; i < Blocks; ++i) keys[i] = Kv::template key<S>(span.block[b + i], d);
+  for (int64_t d = 0; d < head_dim; d += kRows, x += kRows * N) {
     if constexpr (Prefetch) {
 #pragma GCC unroll 2
       for (int i = 0; i < kLines; ++i) S::prefetch_t1(ahead + 64 * i);
       ahead += 64 * kLines;
     }
-#pragma GCC unroll 12
-    for (int q = 0; q < N; ++q) {
-      const auto query = S::set1(x[q]);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      typename S::F32x16 keys[Blocks];
 #pragma GCC unroll 4
-      for (int i = 0; i < Blocks; ++i) sums[i][q] = S::fma(query, keys[i], sums[i][q]);
+      for (int i = 0; i < Blocks; ++i) keys[i] = Kv::template key<S>(span.block[b + i], d, r);
+#pragma GCC unroll 12
+      for (int q = 0; q < N; ++q) {
+        const auto query = S::set1(x[r * N + q]);
+#pragma GCC unroll 4
+        for (int i = 0; i < Blocks; ++i) sums[i][q] = S::fma(query, keys[i], sums[i][q]);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -89,6 +117,7 @@ inline void score_codes(const Queries& queries, const Span& span, int b, int64_t
   const int8_t* x = queries.codes;
   const int64_t keys = Kv::keys_at(head_dim), steps = pad_to(head_dim, 4) / 4;
   const uint8_t* ahead = span.next[b / 2];
+#pragma GCC unroll 4
   for (int64_t d = 0; d < steps; ++d, x += 4 * N) {
 #pragma GCC unroll 4
     for (int i = 0; i < Blocks; ++i) {
@@ -130,42 +159,41 @@ inline void score_span(const Queries& queries, const Span& span, int blocks, int
       score_floats<S, Kv, N, 1, Prefetch>(queries, span, b, head_dim, score);
 }
 
-// value[q] = value[q] * rescale[q] + sum_t weight[q][t] v_t, tokens in order, for `Chunks` x 16
+// value[q] = value[q] * rescale + sum_t weight[q][t] v_t, tokens in order, for `Chunks` x 16
 // columns from `column` on.
 template <class S, class Kv, int N, int Chunks, bool Prefetch>
-inline void add_columns(const float* weight, const float* rescale, const Span& span, int blocks,
-                        int64_t head_dim, int64_t column, float* value) {
+inline void add_floats(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
+                       int64_t column, float* value) {
   const int64_t row_bytes = Kv::value_pitch(head_dim), pitch = pad_to(head_dim, 16);
   const int64_t values = Kv::values_at(head_dim);
-  // Prefetching: every pass over the columns takes its part of what the scores have left.
-  constexpr int kLineChunks = Kv::kInteger ? 4 : Kv::kLineRows;  // chunks in 64 bytes
-  constexpr int kLines = Chunks / kLineChunks;                   // of one token
-  const int64_t passes = 2 * (pitch / (16 * Chunks)), pass = column / (16 * Chunks);
-  const int64_t share = Kv::block_bytes(head_dim) / passes / 64 * 64;
+  constexpr int kRows = Kv::kRows, kLines = Chunks * Kv::kRowsBytes / 64;
+  const Ahead ahead(span, column, 16 * Chunks, pitch, Kv::block_bytes(head_dim));
   typename S::F32x16 sums[Chunks][N];
 #pragma GCC unroll 4
   for (int c = 0; c < Chunks; ++c)
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q)
-      sums[c][q] = S::mul(S::load(value + q * pitch + column + 16 * c), S::set1(rescale[q]));
+      sums[c][q] =
+          S::mul(S::load(value + q * pitch + column + 16 * c), S::set1(weights.rescale[q]));
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* row = span.block[b] + values;
-    const int64_t part = pass * kSpanBlocks + b;
-    const uint8_t* ahead = span.next[kScorePairs + part / passes] + part % passes * share;
-    if (Prefetch && kLines > 0) S::prefetch_t1(ahead + kLines * kBlock * 64);
-    const float* w = weight + b * kBlock;
-    for (int t = 0; t < kBlock; ++t, row += row_bytes, ahead += 64 * kLines) {
-      typename S::F32x16 v[Chunks];
+    const uint8_t* next = ahead.from(b);
+    if (Prefetch && kLines > 0) S::prefetch_t1(next + kLines * kBlock / kRows * 64);
+    const float* w = weights.values + b * kBlock;
+    for (int t = 0; t < kBlock; t += kRows, row += row_bytes, next += 64 * kLines) {
 #pragma GCC unroll 4
-      for (int c = 0; c < Chunks; ++c) {
-        v[c] = Kv::template value<S>(row, column + 16 * c);
-        if (Prefetch && c < kLines) S::prefetch_t1(ahead + 64 * c);
-      }
+      for (int i = 0; Prefetch && i < kLines; ++i) S::prefetch_t1(next + 64 * i);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        typename S::F32x16 v[Chunks];
+#pragma GCC unroll 4
+        for (int c = 0; c < Chunks; ++c) v[c] = Kv::template value<S>(row, column + 16 * c, r);
 #pragma GCC unroll 12
-      for (int q = 0; q < N; ++q) {
-        const auto each = S::set1(w[q * kSpan + t]);
+        for (int q = 0; q < N; ++q) {
+          const auto each = S::set1(w[q * kSpan + t + r]);
 #pragma GCC unroll 4
-        for (int c = 0; c < Chunks; ++c) sums[c][q] = S::fma(each, v[c], sums[c][q]);
+          for (int c = 0; c < Chunks; ++c) sums[c][q] = S::fma(each, v[c], sums[c][q]);
+        }
       }
     }
   }
@@ -175,19 +203,63 @@ inline void add_columns(const float* weight, const float* rescale, const Span& s
     for (int q = 0; q < N; ++q) S::store(value + q * pitch + column + 16 * c, sums[c][q]);
 }
 
-template <class S, class Kv, int N, bool Prefetch>
-inline void add_values(const float* weight, const float* rescale, const Span& span, int blocks,
-                       int64_t head_dim, float* value) {
-  constexpr int kChunks = kAtOnce<S, N>;
-  const int64_t columns = pad_to(head_dim, 16);
-  int64_t c = 0;
-  for (; c + 16 * kChunks <= columns; c += 16 * kChunks)
-    add_columns<S, Kv, N, kChunks, Prefetch>(weight, rescale, span, blocks, head_dim, c, value);
-  for (; c < columns; c += 16)
-    add_columns<S, Kv, N, 1, Prefetch>(weight, rescale, span, blocks, head_dim, c, value);
+// As `add_floats`, from exact integer sums over the span: fma(float(sum), scale, value * rescale).
+template <class S, class Kv, int N, int Chunks, bool Prefetch>
+inline void add_codes(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
+                      int64_t column, float* value) {
+  using Dot = typename S::WideDot;
+  const int64_t group_bytes = Kv::value_pitch(head_dim), pitch = pad_to(head_dim, 16);
+  const int64_t values = Kv::values_at(head_dim) + 4 * column;
+  const Ahead ahead(span, column, 16 * Chunks, pitch, Kv::block_bytes(head_dim));
+  typename Dot::Acc sums[Chunks][N];
+#pragma GCC unroll 4
+  for (int c = 0; c < Chunks; ++c)
+#pragma GCC unroll 12
+    for (int q = 0; q < N; ++q) sums[c][q] = Dot::init();
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* codes = span.block[b] + values;
+    const uint8_t* x = weights.codes + b * kBlock * 2;
+    const uint8_t* next = ahead.from(b);
+    if constexpr (Prefetch) S::prefetch_t1(next + 4 * Chunks * 64);
+    for (int t = 0; t < kBlock; t += 4, codes += group_bytes, x += 8, next += 64 * Chunks) {
+#pragma GCC unroll 4
+      for (int c = 0; c < Chunks; ++c) {
+        const auto v = S::load_u8(codes + 64 * c);
+        if constexpr (Prefetch) S::prefetch_t1(next + 64 * c);
+#pragma GCC unroll 12
+        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int q = 0; q < N; ++q) {
+    const auto scale = S::set1(weights.scales[q]), rescale = S::set1(weights.rescale[q]);
+#pragma GCC unroll 4
+    for (int c = 0; c < Chunks; ++c) {
+      float* to = value + q * pitch + column + 16 * c;
+      const auto sum = S::from_i32(Dot::finish(sums[c][q]));
+      S::store(to, S::fma(sum, scale, S::mul(S::load(to), rescale)));
+    }
+  }
 }
 
-// The span's blocks as f32 in `memory` (integer codecs: the values only, without their scales).
+template <class S, class Kv, int N, bool Prefetch>
+inline void add_values(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
+                       float* value) {
+  constexpr int kChunks = kAtOnce < S, Kv::kInteger ? N * S::WideDot::kSums : N > ;
+  const int64_t columns = pad_to(head_dim, 16);
+  const auto add = [&]<int Chunks>(int64_t c) {
+    if constexpr (Kv::kInteger)
+      add_codes<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, value);
+    else
+      add_floats<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, value);
+  };
+  int64_t c = 0;
+  for (; c + 16 * kChunks <= columns; c += 16 * kChunks) add.template operator()<kChunks>(c);
+  for (; c < columns; c += 16) add.template operator()<1>(c);
+}
+
+// The span's blocks of a float codec as f32 in `memory`.
 template <class S, class Kv>
 inline Span expand_span(const Span& span, int64_t head_dim, uint8_t* memory) {
   Span wide = span;
@@ -196,13 +268,14 @@ inline Span expand_span(const Span& span, int64_t head_dim, uint8_t* memory) {
     auto* keys = reinterpret_cast<float*>(memory + b * bytes);
     auto* values = reinterpret_cast<float*>(memory + b * bytes + F32Kv::values_at(head_dim));
     wide.block[b] = wide.next[b] = memory + b * bytes;
-    if constexpr (!Kv::kInteger)
-      for (int64_t d = 0; d < head_dim; ++d)
-        S::store(keys + d * kBlock, Kv::template key<S>(span.block[b], d));
-    const uint8_t* row = span.block[b] + Kv::values_at(head_dim);
-    for (int t = 0; t < kBlock; ++t, row += Kv::value_pitch(head_dim))
+    for (int64_t d = 0; d < head_dim; ++d)
+      S::store(keys + d * kBlock, Kv::template key<S>(span.block[b], d, d % Kv::kRows));
+    const uint8_t* from = span.block[b] + Kv::values_at(head_dim);
+    for (int t = 0; t < kBlock; ++t) {
+      const uint8_t* tokens = from + t / Kv::kRows * Kv::value_pitch(head_dim);
       for (int64_t c = 0; c < head_dim; c += 16, values += 16)
-        S::store(values, Kv::template value<S>(row, c));
+        S::store(values, Kv::template value<S>(tokens, c, t % Kv::kRows));
+    }
   }
   return wide;
 }

@@ -196,11 +196,6 @@ struct Avx2 {
     const __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), b);
   }
-  static LW_INLINE I32x16 load_i8(const int8_t* p) {
-    const __m128i* q = reinterpret_cast<const __m128i*>(p);
-    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(q)),
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
-  }
   static LW_INLINE int32_t sum_i32(I32x16 a) {
     const __m256i s8 = _mm256_add_epi32(a.lo, a.hi);
     const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
@@ -438,6 +433,32 @@ struct Avx2 {
     static LW_INLINE void flush(Acc&) {}
     static LW_INLINE I32x16 finish(const Acc& acc, int32_t) { return acc.sum; }
   };
+
+  // As i16, numbers 0 and 2 of every four, then 1 and 3, for vpmaddwd.
+  struct WideDot {
+    static constexpr int kSums = 1;
+    struct Acc {
+      I32x16 sum;
+    };
+    static LW_INLINE void prepare(uint8_t* p, F32x16 numbers) {
+      const I32x16 n = to_i32(min(numbers, set1(32767.0f)));
+      // Packing takes four of either half in turn.
+      const __m256i order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+      const __m256i halves = _mm256_shuffle_epi8(_mm256_packus_epi32(n.lo, n.hi), order);
+      store256(p, _mm256_permute4x64_epi64(halves, 0xd8));
+    }
+    static LW_INLINE Acc init() { return {set1_i32(0)}; }
+    static LW_INLINE void step(Acc& acc, U8x64 codes, const uint8_t* x) {
+      const auto* pairs = reinterpret_cast<const int8_t*>(x);
+      const __m256i even = broadcast4(pairs), odd = broadcast4(pairs + 4);
+      add_madd(acc.sum.lo, _mm256_srai_epi16(_mm256_slli_epi16(codes.lo, 8), 8), even);
+      add_madd(acc.sum.hi, _mm256_srai_epi16(_mm256_slli_epi16(codes.hi, 8), 8), even);
+      add_madd(acc.sum.lo, _mm256_srai_epi16(codes.lo, 8), odd);
+      add_madd(acc.sum.hi, _mm256_srai_epi16(codes.hi, 8), odd);
+    }
+    static LW_INLINE I32x16 finish(Acc acc) { return acc.sum; }
+  };
   static constexpr int kFloatSums = 4;  // that keep the multipliers busy and fit the registers
   // Rows and strips that the inner loop of a panel takes at once.
   static constexpr int kPanelRows = 4, kPanelStrips = 1;
@@ -446,7 +467,7 @@ struct Avx2 {
   // Rows that gemv is instantiated for, so that a machine may choose (_C.set_gemv_rows).
   static constexpr int kGemvMost = kRowBlock;
   // Attention: sums in registers at once, and queries of a batch when there are many.
-  static constexpr int kAttentionSums = 6, kAttentionBatch = 6;
+  static constexpr int kAttentionSums = 4, kAttentionBatch = 6;
   // Strips that gemv reads side by side.
   static constexpr int kGemvStreams = 4;
   // Many rows and strips that keep columns: gemm is as good, since codes of 8 bits want i16 here.

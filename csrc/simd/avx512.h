@@ -114,9 +114,6 @@ struct Avx512 {
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
   }
-  static LW_INLINE I32x16 load_i8(const int8_t* p) {
-    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
   static LW_INLINE int32_t sum_i32(I32x16 a) {
     const __m256i s8 =
         _mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
@@ -297,6 +294,30 @@ struct Avx512 {
       Dot<ZeroPoint, MaxCode>::step(acc, w, reinterpret_cast<const int8_t*>(x));
     }
     static LW_INLINE void flush(Acc&) {}
+  };
+
+  // Low and high bytes apart: vpdpbusd takes four unsigned bytes.
+  struct WideDot {
+    static constexpr int kSums = 2;
+    struct Acc {
+      I32x16 low, high;
+    };
+    static LW_INLINE void prepare(uint8_t* p, F32x16 numbers) {
+      const __m512i n = to_i32(min(numbers, set1(32767.0f))).v;
+      const __m256i order = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                          _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(n), order));
+    }
+    static LW_INLINE Acc init() { return {set1_i32(0), set1_i32(0)}; }
+    static LW_INLINE void step(Acc& acc, U8x64 codes, const uint8_t* x) {
+      const auto* bytes = reinterpret_cast<const int8_t*>(x);
+      acc.low.v = _mm512_dpbusd_epi32(acc.low.v, broadcast4(bytes), codes.v);
+      acc.high.v = _mm512_dpbusd_epi32(acc.high.v, broadcast4(bytes + 4), codes.v);
+    }
+    static LW_INLINE I32x16 finish(Acc acc) {
+      return add_i32(acc.low, {_mm512_slli_epi32(acc.high.v, 8)});
+    }
   };
   static constexpr int kFloatSums = 12;  // that keep the multipliers busy and fit the registers
   // Rows and strips that the inner loop of a panel takes at once: 16 sums, 2 blocks, 1 activation.

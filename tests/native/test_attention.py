@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lacewing import _C
-from tests.native.kv import STORED, round_query
+from tests.native.kv import STORED, int8_codes, round_query, weight_step
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +47,7 @@ def exact_attention(
     """Attention in float64 over keys and values as stored, and how far f32 may be off."""
     rows, heads, d = q.shape
     tokens, kv_heads, _ = k.shape
+    given, codes = v, np.abs(int8_codes(v))
     k, v = (STORED[kv](part).astype(np.float64) for part in (k, v))
     q = (round_query(q) if kv == "int8" else q).astype(np.float64)
     key_at, query_at = np.arange(tokens), np.arange(tokens - rows, tokens)[:, None]
@@ -55,7 +56,8 @@ def exact_attention(
         seen &= key_at > query_at - window
     exact, bound = np.empty(q.shape), np.empty(q.shape)
     for h in range(heads):
-        keys, values = k[:, h * kv_heads // heads], v[:, h * kv_heads // heads]
+        g = h * kv_heads // heads
+        keys, values = k[:, g], v[:, g]
         score = q[:, h] @ keys.T * scale
         score_error = np.abs(q[:, h]) @ np.abs(keys).T * scale * (d + 4) * EPS
         score = np.where(seen, score, -np.inf)
@@ -66,6 +68,8 @@ def exact_attention(
         # their rescaling, of numerator and denominator alike.
         relative = 2 * np.where(seen, score_error, 0).max(axis=1) + (2 * tokens + 30) * EPS
         bound[:, h] = relative[:, None] * (weight @ np.abs(values)) * 2
+        if kv == "int8":
+            bound[:, h] += weight_step(weight, given[:, g]) @ codes[:, g]
     return exact, bound
 
 
@@ -125,6 +129,17 @@ def test_parts_make_the_whole(isa: str, kv: str, rows: int, heads: int, window: 
         whole = _C.attention(q, k, v, table, 0.2, window, isa, kv)
         parts = _C.attention(q, k, v, table, 0.2, window, isa, kv, True)
         assert (parts == whole).all(), f"{tokens} tokens"
+
+
+@every_kv
+def test_many_small_weights_beside_a_large_one(isa: str, kv: str) -> None:
+    """As in models whose first token draws most of the attention."""
+    q, k, v, table = case(3, 700, 2, 1, 16)
+    q[:] = k[0] = 1
+    k[1:] *= np.float32(0.05)  # scores of 10 for the first token, about 0 for the others
+    v[1:] += 4
+    v[0] = 1
+    check(isa, kv, (q, k, v, table), 10 / 16)
 
 
 @every_kv
