@@ -100,7 +100,8 @@ class Candidate:
 def lacewing(*arguments: str) -> dict[str, Any]:
     """What a verb of the command line prints with `--json`."""
     command = [sys.executable, "-m", "lacewing.cli", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=False)
     if run.returncode:
         raise SystemExit(f"error: {' '.join(command)} ended with code {run.returncode}")
