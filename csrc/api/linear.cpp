@@ -113,8 +113,7 @@ struct LinearRun {
     const Rows rows = take_rows(weight, m);
     Pool& pool = Pool::instance();
     const int count = pool.resolve(threads);
-    constexpr size_t each = kLinearScratch;
-    uint8_t* scratch = scratch_space.take(each * static_cast<size_t>(count));
+    uint8_t* scratch = scratch_space.take(kLinearScratch * static_cast<size_t>(count));
     Barrier quantized(count, pool.may_spin(count));
     pool.run(count, [&](int tid, int n) {
       quantize_share(table, x, w.k, rows, tid, n);
@@ -122,7 +121,7 @@ struct LinearRun {
       const int64_t strips = w.strips(), begin = strips * tid / n, end = strips * (tid + 1) / n;
       if (begin < end)
         table.formats[w.format].linear({&w, &rows, bias, y, w.n, false, begin, end,
-                                        scratch + each * static_cast<size_t>(tid)});
+                                        scratch + kLinearScratch * static_cast<size_t>(tid)});
     });
   }
 };

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -210,18 +211,34 @@ std::string huge_pages() {
                                                     : "unavailable";
 }
 
-// Bytes of the data or unified cache of a level, as seen from the first allowed CPU; 0: unknown.
-int64_t cache_bytes(int cpu, int level) {
+// What is known of the CPU's data or unified cache of a level; empty: nothing.
+std::string cache_directory(int cpu, int level) {
   const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index";
   for (int i = 0; i < 8; ++i) {
     const std::string dir = base + std::to_string(i) + "/";
-    if (first_line(dir + "level") != std::to_string(level)) continue;
-    if (first_line(dir + "type") == "Instruction") continue;
-    const std::string size = first_line(dir + "size");
-    const int64_t number = std::atoll(size.c_str());
-    return size.find('M') != std::string::npos ? number << 20 : number << 10;
+    if (first_line(dir + "level") == std::to_string(level) &&
+        first_line(dir + "type") != "Instruction")
+      return dir;
   }
-  return 0;
+  return {};
+}
+
+// Bytes of one; 0: unknown.
+int64_t cache_bytes(int cpu, int level) {
+  const std::string dir = cache_directory(cpu, level);
+  if (dir.empty()) return 0;
+  const std::string size = first_line(dir + "size");
+  const int64_t number = std::atoll(size.c_str());
+  return size.find('M') != std::string::npos ? number << 20 : number << 10;
+}
+
+// How many caches of the level the allowed CPUs have: CPUs that share one name the same CPUs.
+int cache_count(const std::vector<int>& allowed, int level) {
+  std::set<std::string> sharers;
+  for (int cpu : allowed)
+    if (const std::string dir = cache_directory(cpu, level); !dir.empty())
+      sharers.insert(first_line(dir + "shared_cpu_list"));
+  return static_cast<int>(sharers.size());
 }
 
 nb::dict cpu_info() {
@@ -245,6 +262,7 @@ nb::dict cpu_info() {
   d["quota"] = cpus.quota > 0 ? nb::cast(cpus.quota) : nb::none();
   d["transparent_huge_pages"] = huge_pages();
   d["caches"] = caches;
+  d["last_level_caches"] = std::max(cache_count(cpus.allowed, 3), 1);
   return d;
 }
 

@@ -73,7 +73,7 @@ const char* validate_columns(const PackedTensor& w, size_t begin, size_t end) {
 
 template <class F>
 const char* validate_strip(const PackedTensor& w, size_t begin, size_t end) {
-  if constexpr (requires { F::kColumns; })
+  if constexpr (kKeepsColumns<F>)
     return validate_columns<F>(w, begin, end);
   else
     return validate_records<F>(w, begin, end);

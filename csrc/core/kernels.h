@@ -21,8 +21,8 @@ struct LinearArgs {
   int64_t strip_begin, strip_end;
   void* scratch;  // kLinearScratch bytes, 64-byte aligned, private to the calling thread
 };
-// The drivers of kept columns and of AMX keep 1 MB of activations in it and more; the others touch
-// the first 256 KB, and what is not touched costs no memory.
+// One huge page a thread: the drivers of kept columns and of AMX keep 1 MB of activations in it and
+// more; the others touch the first 256 KB.
 inline constexpr size_t kLinearScratch = 2 * 1024 * 1024;
 
 // Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for

@@ -13,20 +13,13 @@ inline constexpr int64_t kAmxDepth = 16;      // k-tiles of weights at once
 inline constexpr int64_t kAmxStrips = 1024;   // strips whose cursors are in scratch at once
 inline constexpr int64_t kKept = 200 * 1024;  // sums that are in scratch between chunks
 
-// One scale per output instead of one per group.
-template <class F>
-constexpr bool has_row_scale() {
-  if constexpr (requires { F::kRowScale; }) return F::kRowScale;
-  return false;
-}
-
 // Whether the tiles of a strip lie in its bytes just as they are multiplied: values of 16 bits, or
 // codes of 8 whose groups have no scales.
 template <class F>
 constexpr bool lies_in_tiles() {
   if constexpr (F::kSparse) return false;
   if constexpr (F::kGroup == 0) return F::kTileBytes[0] == F::kPad * kStrip * 2;
-  return has_row_scale<F>() && F::kTileBytes[0] == F::kPad * kStrip;
+  return F::kRowScale && F::kTileBytes[0] == F::kPad * kStrip;
 }
 template <class F>
 inline constexpr bool kLiesInTiles = lies_in_tiles<F>();
@@ -39,11 +32,11 @@ inline constexpr bool kThroughTiles =
 
 // Where sums stay in tile registers for 16 k-tiles; elsewhere every group is a step of its own.
 template <class F>
-inline constexpr bool kLongSums = F::kGroup == 0 || has_row_scale<F>();
+inline constexpr bool kLongSums = F::kGroup == 0 || F::kRowScale;
 
 // Bytes of a row of activations that one step multiplies.
 template <class F>
-inline constexpr int64_t kStepBytes = F::kGroup == 32 && !has_row_scale<F>() ? 32 : 64;
+inline constexpr int64_t kStepBytes = F::kGroup == 32 && !F::kRowScale ? 32 : 64;
 
 // Where the packed bytes are the tiles, codes are unsigned; expanded ones are less their zero
 // point.

@@ -47,7 +47,7 @@ void expand_codes(AmxScratch<F>& s, int i, typename F::Cursor& c, int64_t groups
   static_assert(F::kMaxCode - F::kZeroPoint < 128);
   uint8_t* p = s.b[i][0];
   for (int64_t g = 0; g < groups; ++g) {
-    if constexpr (!has_row_scale<F>()) S::store(s.scales[i][g], F::template scale<S>(c));
+    if constexpr (!F::kRowScale) S::store(s.scales[i][g], F::template scale<S>(c));
     if constexpr (F::kHasMin) S::store(s.minima[i][g], F::template minimum<S>(c));
     F::template group<S>(
         c, [&](int b, typename S::U8x64 v) __attribute__((always_inline)) {

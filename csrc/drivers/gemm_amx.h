@@ -153,7 +153,7 @@ class AmxGemm {
   }
 
   typename S::F32x16 output(int64_t strip, int64_t row, const float* sums) const {
-    if constexpr (has_row_scale<F>())
+    if constexpr (F::kRowScale)
       return finish_row<S, F>(a_, strip, row, sums);
     else
       return S::load(sums);

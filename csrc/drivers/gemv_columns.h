@@ -14,11 +14,6 @@
 namespace lacewing {
 namespace {
 
-// A format whose cursor, where a strip is opened, has the `bitmap` of its inputs and the `blocks`
-// of those that are kept.
-template <class F>
-inline constexpr bool kKeepsColumns = requires { F::kColumns; };
-
 // From one row to the next in scratch: not so that they share the sets of L1, and with room for the
 // 64 bytes that the last step of a compression writes.
 constexpr int64_t column_stride(int64_t k_pad) { return k_pad + 2 * 64; }

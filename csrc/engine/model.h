@@ -92,7 +92,7 @@ struct RowsMemory {
 
 // What one thread works in.
 struct ThreadSpace {
-  Memory kernel;      // scratch of products, also of attention
+  Memory kernel;      // kLinearScratch bytes, also attention's scratch
   Memory row;         // one row of hidden_size
   Memory gate, up;    // a tile of the MLP
   RowsMemory hidden;  // normalized rows, if every thread makes its own copy

@@ -29,7 +29,6 @@ struct FloatKv {
   static constexpr int kRows = Number::kRows;  // inputs of keys, tokens of values
   static constexpr int64_t kRowsBytes = 16 * kRows * sizeof(Element);
 
-  static constexpr int64_t keys_at(int64_t) { return 0; }
   static constexpr int64_t values_at(int64_t head_dim) {
     return pad_to(pad_to(head_dim, kRows) / kRows * kRowsBytes, 64);
   }

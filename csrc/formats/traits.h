@@ -7,8 +7,10 @@
 //   Cursor, open(w, strip)       a place in the strip's bytes, at its first group
 //   scale<S>(c), minimum<S>(c)   of the group at the cursor
 //   group<S>(c, f)               calls f(b, block) for the group's blocks, then moves to the next
-//   kColumns (where it is so)    strips keep whole columns of inputs (drivers/gemv_columns.h)
-//   kTileBytes                   of each part, per strip and kPad inputs; 0: a stream (sparse.h)
+//   kTileBytes                   of each part, per strip and kPad inputs; 0: a stream
+// Where strips keep whole columns of inputs (kKeepsColumns): head(k), the bytes before the blocks,
+// kScaleBytes of them before the bitmap; kBlockBytes of four kept columns; and the cursor of an
+// opened strip has the `bitmap` of its inputs and the `blocks` of those that are kept.
 // Floats (kGroup 0) have pair<S>(c, even, odd) instead: two inputs of the 16 outputs.
 // weight = scale * (code - kZeroPoint) [+ minimum].
 #pragma once
@@ -18,6 +20,9 @@
 
 namespace lacewing {
 namespace {
+
+template <class F>
+inline constexpr bool kKeepsColumns = requires { F::kColumns; };
 
 // Distances of the two prefetch levels on a stream, in bytes: one core does not overlap DRAM
 // latency with decoding by itself. Running past a tensor's end is harmless.

@@ -7,7 +7,7 @@ namespace lacewing {
 namespace {
 
 // One query as int8, every fourth of `size` x 4 bytes of `to`. Returns the scale; *sum: of the
-// codes.
+// codes. A NaN counts as the lowest value.
 template <class S, class Kv>
 float query_codes(const float* x, int64_t head_dim, int64_t size, int8_t* to, int32_t* sum) {
   auto largest = S::zero();

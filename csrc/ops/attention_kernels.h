@@ -246,7 +246,8 @@ inline void add_codes(const Weights& weights, const Span& span, int blocks, int6
 template <class S, class Kv, int N, bool Prefetch>
 inline void add_values(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
                        float* value) {
-  constexpr int kChunks = kAtOnce < S, Kv::kInteger ? N * S::WideDot::kSums : N > ;
+  constexpr int kSums = Kv::kInteger ? N * S::WideDot::kSums : N;
+  constexpr int kChunks = kAtOnce<S, kSums>;
   const int64_t columns = pad_to(head_dim, 16);
   const auto add = [&]<int Chunks>(int64_t c) {
     if constexpr (Kv::kInteger)

@@ -43,6 +43,7 @@ class _CpuInfo(TypedDict):
     quota: float | None  # CPUs by cgroup quota
     transparent_huge_pages: str
     caches: dict[str, int]  # bytes of l1 (data), l2, l3; 0: unknown
+    last_level_caches: int  # l3 caches of the affinity mask, at least 1
 
 # ---- formats and kernels
 
@@ -232,7 +233,8 @@ def set_gemv_rows(format: str, rows: int | None, isa: str | None = None) -> None
     integer format or of `bf16`."""
 
 def cpu_prefetch_rows(isa: str | None = None) -> dict[str, _Switch]:
-    """By format: up to how many rows, 0 or 1, gemv leaves prefetching to the CPU."""
+    """By format: up to how many rows, 0 or 1, gemv leaves prefetching to the CPU. `most` is 0 where
+    an ISA never prefetches by software."""
 
 def set_cpu_prefetch_rows(format: str, rows: int | None, isa: str | None = None) -> None:
     """Sets it, from 0 to `most`; None restores this CPU's default. It changes no result."""

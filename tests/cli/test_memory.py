@@ -16,6 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
         (100 * MIB, 64 * GIB, 400 * MIB),
         (100 * MIB, GIB, 256 * MIB),
         (8 * MIB, 100 * MIB, 25 * MIB),
+        (8 * MIB, MIB, MIB),
         (100 * MIB, None, 400 * MIB),
     ],
 )

@@ -353,7 +353,8 @@ struct Shape {
   int64_t m, n, k;
 };
 
-// variant 0: all strips at once; 1: bias; 2: bias, onto y, in two halves.
+// variant 0: all strips at once; 1: bias; 2: bias, onto y, in two halves; 3: bias, prefetching left
+// to the CPU.
 void linear(const KernelTable& t, const PackedTensor& w, const Rows& x, int variant, float* y) {
   const int64_t ldy = w.n + 5;
   const float* bias = variant ? slot<float>(kBias, w.n) : nullptr;
@@ -361,6 +362,8 @@ void linear(const KernelTable& t, const PackedTensor& w, const Rows& x, int vari
     for (int64_t r = 0; r < x.m; ++r) memcpy(y + r * ldy, bias, static_cast<size_t>(w.n) * 4);
   const int64_t middle = variant == 2 ? w.strips() / 2 : 0;
   void* scratch = slot<uint8_t>(kScratch, kLinearScratch);
+  const Switch& prefetch = t.formats[w.format].cpu_prefetch;
+  *prefetch.rows = variant == 3 ? prefetch.most : 0;
   const LinearArgs args{&w, &x, bias, y, ldy, variant == 2, 0, middle, scratch};
   LinearArgs rest = args;
   rest.strip_begin = middle;
@@ -389,7 +392,7 @@ void test_shape(const KernelTable* const* tables, int count, int format, const S
             guarded(kRowsB, bytes), bytes);
   }
   // All rows are the scalar table's from here on: they are equal, or that was said.
-  for (int variant = 0; variant < 3; ++variant)
+  for (int variant = 0; variant < (m == 1 ? 4 : 3); ++variant)
     each(tables, count, "linear", {nullptr, nullptr, f.name, {m, n, k, variant}}, m * (n + 5),
          [&](const KernelTable& t, float* y) {
            // Floats in tiles have bits of their own, and a tolerance: tests/kernels. Here they only

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lacewing import LLM
     from lacewing.cli.kernelreport import Roofs
     from lacewing.cli.kernels import KernelTime, Plan
+    from lacewing.cli.tune import Crossing
 
 app = typer.Typer(
     help="Measure decode, prefill or the kernels on this machine.", no_args_is_help=True
@@ -179,7 +180,12 @@ def _check_writable(path: Path | None) -> None:
         raise typer.BadParameter(f"--svg: {path.absolute().parent} is no directory")
 
 
-_PREFETCHER = ("software", "CPU")
+def _prefetching(row: Crossing) -> tuple[str, str, str]:
+    if row.unprefetched is None:
+        return "-", "-", f"{row.gemv[0] * 1e6:.0f}"
+    by = ("software", "CPU")
+    times = f"{row.gemv[0] * 1e6:.0f} / {row.unprefetched * 1e6:.0f}"
+    return by[row.cpu_prefetch_rows], by[row.default_prefetch], times
 
 
 def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: bool) -> None:
@@ -188,9 +194,10 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
     from lacewing.native import compiled
 
     tuning.own_path()  # an error before the work, not after
-    # The scalar kernels are for checking: nobody waits for them.
+    # The scalar kernels are for checking: nobody waits for them. `amx` has the switches of `avx512`,
+    # and would measure tiles against themselves.
     usable = [each["name"] for each in compiled().isas() if each["usable"]]
-    chosen = isas or tuple(name for name in usable if name not in ("scalar", "amx_emulated"))
+    chosen = isas or tuple(n for n in usable if n not in ("scalar", "amx_emulated", "amx"))
     with screen.progress("tuning") as advance:
         found = tune.measure(names, chosen, threads, memory.cold_bytes(), 3, advance)
     table = tune.as_tuning(found)
@@ -217,10 +224,7 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
                 row.rows,
                 row.default,
                 f"{row.gemv[-1] * 1e6:.0f} / {row.gemm[-1] * 1e6:.0f}",
-                _PREFETCHER[row.cpu_prefetch_rows],
-                _PREFETCHER[row.default_prefetch],
-                f"{row.gemv[0] * 1e6:.0f} / "
-                + ("-" if row.unprefetched is None else f"{row.unprefetched * 1e6:.0f}"),
+                *_prefetching(row),
             )
             for row in found
         ],

@@ -10,8 +10,10 @@ _LEAST = 256 << 20  # a virtual machine may tell of less cache than there is
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that the CPU reports; 32 MiB if it tells none."""
-    return max(compiled().cpu_info()["caches"].values(), default=0) or 32 << 20
+    """Bytes of the last-level caches of all CPUs that this process may use, together; 32 MiB if they
+    tell none."""
+    cpu = compiled().cpu_info()
+    return max(cpu["caches"].values(), default=0) * cpu["last_level_caches"] or 32 << 20
 
 
 def cold_bytes() -> int:
@@ -19,4 +21,4 @@ def cold_bytes() -> int:
     quarter of the free memory allows."""
     wanted = max(_LEAST, COLD * last_level_cache())
     free = available_memory()
-    return wanted if free is None else min(wanted, free // 4)
+    return wanted if free is None else min(wanted, max(free // 4, 1 << 20))

@@ -6,6 +6,7 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ class Worker:
         quiet: bool = False,
     ) -> None:
         self._hint = hint
+        self._command = " ".join(command)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -50,7 +52,9 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise LacewingError(f"the process ended with code {self._process.wait()}", self._hint)
+            raise LacewingError(
+                f"`{self._command}` ended with code {self._process.wait()}", self._hint
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise LacewingError(answer["error"])
@@ -59,7 +63,8 @@ class Worker:
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
+                    pipe.close()
         self._process.wait()
 
     def __enter__(self) -> Worker:
