@@ -194,7 +194,7 @@ def _tune(names: tuple[str, ...], isas: tuple[str, ...], threads: int, as_json: 
     from lacewing.native import compiled
 
     tuning.own_path()  # an error before the work, not after
-    # The scalar kernels are for checking: nobody waits for them. `amx` has the switches of `avx512`,
+    # The scalar kernels are for checking: nobody waits for them. `amx` has the switches of `avx512`
     # and would measure tiles against themselves.
     usable = [each["name"] for each in compiled().isas() if each["usable"]]
     chosen = isas or tuple(n for n in usable if n not in ("scalar", "amx_emulated", "amx"))

@@ -10,8 +10,8 @@ _LEAST = 256 << 20  # a virtual machine may tell of less cache than there is
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level caches of all CPUs that this process may use, together; 32 MiB if they
-    tell none."""
+    """Bytes of the last-level caches of all CPUs that this process may use, together; 32 MiB if
+    they tell none."""
     cpu = compiled().cpu_info()
     return max(cpu["caches"].values(), default=0) * cpu["last_level_caches"] or 32 << 20
 
