@@ -55,7 +55,8 @@ struct Unprefetched : S {
 // The same for prefetching, which gemv may leave to the CPU while it reads one stream and
 // multiplies it by one row. Zen 4, 4096x4096 cold, 1 thread, huge pages: w8a8 1.26x, bf16 1.33x,
 // w4a8g32 1.09x, w8a8g64_sp 1.09x, w4a8g64_sp 1.06x; 2 threads, at the roof: 1.01-1.11x,
-// bf16_sp 1.19x. At two bits (0.87x) and with 4 rows (bf16 0.78x, w4a8g64 0.66x) the CPU does not
+// w8a8_b16x1 1.02x, w5a8g32z 1.05x, bf16_sp 1.19x, w1.6a8 1.23x. With two and three bits (0.99x and
+// 0.94x; 1 thread 0.87x) and with 4 rows (1 thread: bf16 0.78x, w4a8g64 0.66x) the CPU does not
 // look far enough ahead; on an Emerald Rapids nothing but prefetching by software reaches the roof.
 template <class S, class F>
 constexpr int cpu_prefetch_most() {
@@ -66,10 +67,10 @@ int cpu_prefetch_limit = 0;
 
 template <class S, class F>
 constexpr Switch cpu_prefetch_switch() {
-  bool wide = F::kGroup == 0;
-  if constexpr (F::kGroup != 0) wide = F::kMaxCode > 7;
+  bool pays = true;
+  if constexpr (F::kGroup != 0) pays = F::kMaxCode <= 2 || F::kMaxCode > 7;
   const int most = cpu_prefetch_most<S, F>();
-  return {&cpu_prefetch_limit<S, F>, 0, wide ? most : 0, most};
+  return {&cpu_prefetch_limit<S, F>, 0, pays ? most : 0, most};
 }
 
 template <class S, class F>
