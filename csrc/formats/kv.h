@@ -13,7 +13,7 @@
 
 #include "core/inline.h"
 #include "core/kv.h"
-#include "ops/elementwise.h"
+#include "ops/quantize_rows.h"
 
 namespace lacewing {
 namespace {
@@ -158,18 +158,12 @@ struct Int8Kv {
                    lane / 4 * value_pitch(head_dim) + lane % 4;
     int8_t codes[16];
     for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
-      S::store_i8(codes, quantized<S>(load_lanes<S>(v + i, lanes), v_inverse));
+      S::store_i8(codes, to_codes<S>(load_lanes<S>(v + i, lanes), v_inverse));
       for (int64_t j = 0; j < 16; ++j) values[4 * (i + j)] = codes[j];
-      S::store_i8(codes, quantized<S>(load_lanes<S>(k + i, lanes), k_inverse));
+      S::store_i8(codes, to_codes<S>(load_lanes<S>(k + i, lanes), k_inverse));
       for (int64_t j = 0; j < pad_to(lanes, 4); ++j)
         keys[(i + j) / 4 * 64 + j % 4] = static_cast<uint8_t>(codes[j] + 128);
     });
-  }
-
-  template <class S>
-  static LW_INLINE typename S::I32x16 quantized(typename S::F32x16 x, float inverse) {
-    const auto scaled = S::mul(x, S::set1(inverse));
-    return S::to_i32(S::min(S::max(scaled, S::set1(-127.0f)), S::set1(127.0f)));
   }
 
  private:

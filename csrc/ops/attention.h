@@ -185,8 +185,8 @@ class Tile {
         const int64_t slot = batch.slot + i;
         const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
         if constexpr (Kv::kInteger) {
-          s_.query_scale[slot] = query_codes<S, Kv>(from, a_.head_dim, batch.size,
-                                                    codes_of(batch) + 4 * i, s_.query_sum + slot);
+          s_.query_scale[slot] = query_codes<S>(from, a_.head_dim, batch.size,
+                                                codes_of(batch) + 4 * i, s_.query_sum + slot);
         } else {
           float* to = query_ + batch.slot * pitch_ + i;
           for (int64_t d = 0; d < a_.head_dim; ++d) to[d * batch.size] = from[d];

@@ -1,33 +1,30 @@
 // What attention over an integer KV codec multiplies: queries as int8, softmax weights as 15 bits.
 #pragma once
 
-#include "ops/elementwise.h"
+#include "ops/quantize_rows.h"
 
 namespace lacewing {
 namespace {
 
 // One query as int8, every fourth of `size` x 4 bytes of `to`. Returns the scale; *sum: of the
 // codes. A NaN counts as the lowest value.
-template <class S, class Kv>
+template <class S>
 float query_codes(const float* x, int64_t head_dim, int64_t size, int8_t* to, int32_t* sum) {
   auto largest = S::zero();
   for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
     largest = S::max(S::abs(load_lanes<S>(x + i, lanes)), largest);
   });
-  const float amax = S::hmax(largest);
-  float inverse = 127.0f / amax;
-  const bool zero = !(inverse <= 3.402823466e38f);  // amax is 0 or too tiny to invert
-  if (zero) inverse = 0.0f;
+  const auto [inverse, step] = steps_of(S::hmax(largest));
   auto sums = S::set1_i32(0);
   for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
     int8_t codes[16];
-    const auto q = Kv::template quantized<S>(load_lanes<S>(x + i, lanes), inverse);
+    const auto q = to_codes<S>(load_lanes<S>(x + i, lanes), inverse);
     sums = S::add_i32(sums, q);
     S::store_i8(codes, q);
     for (int64_t j = 0; j < lanes; j += 4) __builtin_memcpy(to + (i + j) * size, codes + j, 4);
   });
   *sum = S::sum_i32(sums);
-  return zero ? 0.0f : amax / 127.0f;
+  return step;
 }
 
 // Weights of a span (the value's scales included) as codes for S::WideDot. The scale, which is
