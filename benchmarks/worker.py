@@ -14,6 +14,24 @@ from collections.abc import Callable
 from typing import Any
 
 
+class Generator:
+    """What is timed of a model that runs a loop over tokens of its own."""
+
+    def generate(self, prompt: list[int], count: int) -> tuple[list[float], list[int]]:
+        """When each of `count` greedy tokens was there, and the tokens."""
+        raise NotImplementedError
+
+    def prefill(self, tokens: list[int]) -> dict[str, Any]:
+        start = time.perf_counter()
+        _, out = self.generate(tokens, 1)
+        return {"seconds": time.perf_counter() - start, "tokens": out}
+
+    def decode(self, prompt: list[int], count: int) -> dict[str, Any]:
+        """Seconds of `count` steps after the first token."""
+        times, out = self.generate(prompt, count + 1)
+        return {"seconds": times[-1] - times[0], "tokens": out}
+
+
 def serve(model: Callable[..., Any], **verbs: Callable[..., dict[str, Any]]) -> None:
     """Answers `load` by making a `model`, which has `close`; `verbs` by calling them; everything
     else by calling the loaded model's method."""

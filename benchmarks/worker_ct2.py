@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
-from worker import serve
+from worker import Generator, serve
 
 
-class Model:
+class Model(Generator):
     """`path` is a converted directory; its weights stay as they are stored (compute type
     "default")."""
 
@@ -41,16 +41,6 @@ class Model:
             callback=lambda step: times.append(time.perf_counter()),
         )
         return times, found[0].sequences_ids[0]
-
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
-        start = time.perf_counter()
-        _, out = self.generate(tokens, 1)
-        return {"seconds": time.perf_counter() - start, "tokens": out}
-
-    def decode(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """Seconds of `count` steps after the first token."""
-        times, out = self.generate(prompt, count + 1)
-        return {"seconds": times[-1] - times[0], "tokens": out}
 
 
 def convert(source: str, target: str, kind: str) -> dict[str, Any]:

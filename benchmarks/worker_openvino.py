@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
-from worker import serve
+from worker import Generator, serve
 
 
 class Clock(openvino_genai.StreamerBase):
@@ -29,7 +29,7 @@ class Clock(openvino_genai.StreamerBase):
         pass
 
 
-class Model:
+class Model(Generator):
     """Everything not named here is OpenVINO's default: precision, groups of quantized activations,
     KV cache."""
 
@@ -51,16 +51,6 @@ class Model:
             do_sample=False,
         )
         return clock.times, found.tokens[0]
-
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
-        start = time.perf_counter()
-        _, out = self.generate(tokens, 1)
-        return {"seconds": time.perf_counter() - start, "tokens": out}
-
-    def decode(self, prompt: list[int], count: int) -> dict[str, Any]:
-        """Seconds of `count` steps after the first token."""
-        times, out = self.generate(prompt, count + 1)
-        return {"seconds": times[-1] - times[0], "tokens": out}
 
 
 def version() -> dict[str, Any]:
