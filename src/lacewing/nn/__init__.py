@@ -1,0 +1,8 @@
+"""PyTorch models with packed layers."""
+
+from __future__ import annotations
+
+from lacewing.nn.linear import Linear
+from lacewing.nn.weight import PackedWeight
+
+__all__ = ["Linear", "PackedWeight"]
