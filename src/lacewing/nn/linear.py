@@ -38,7 +38,7 @@ class Linear(torch.nn.Linear):
 
     format: str
     dtype: torch.dtype
-    bias: Parameter | None  # type: ignore[assignment]
+    bias: Parameter | None
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Linear(torch.nn.Linear):
         return new.train(linear.training)
 
     @property
-    def weight(self) -> PackedWeight:  # type: ignore[override]
+    def weight(self) -> PackedWeight:
         """The weight as a tensor, dequantized when it is read."""
         return self._weight
 

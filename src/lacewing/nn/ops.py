@@ -4,11 +4,11 @@
     lacewing::linear_no_grad(..)                    the same without a gradient: less to do per call
     lacewing::linear_backward(Tensor grad, Tensor part_0, Tensor? part_1, str format, int k)
 
-`linear` is `x W^T + bias`: x `[..., k]` of float32, bfloat16 or float16 with any strides, W `[n, k]`
-in the parts of `format`, bias `[n]` or None; the result is `[..., n]` in the type of x. Its bits are
-those of `Format.reference_linear` with x in float32, rounded to the type of x. The kernel is C++
-behind PyTorch's stable C interface, on PyTorch's own threads (docs/adr/0007-torch.md); an older
-PyTorch than 2.10 gets it through numpy. `linear_backward` is `grad W`: the weight is frozen.
+`linear` is `x W^T + bias`: x `[..., k]` of float32, bfloat16 or float16 with any strides, W
+`[n, k]` in the parts of `format`, bias `[n]` or None; the result is `[..., n]` in the type of x, in
+the bits of `Format.reference_linear` with x in float32, rounded to the type of x. The kernel
+is C++ behind PyTorch's stable C interface, on PyTorch's own threads (docs/adr/0007-torch.md); a
+PyTorch older than 2.10 gets it through numpy. `linear_backward` is `grad W`: the weight is frozen.
 """
 
 from __future__ import annotations
