@@ -56,7 +56,8 @@ class Linear(torch.nn.Linear):
         self._set_packed(packed)
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise FormatError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
-        self.bias = None if bias is None else Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
 
     @classmethod
     def from_dense(
