@@ -226,14 +226,6 @@ Tensor empty_like(const Matrix& x, int32_t dtype, int64_t n) {
 template <class F>
 void parallel(int64_t count, bool little, F fn) {
   if (little) return fn(0, count);
-  static const bool pool = getenv("LW_POOL") != nullptr;
-  if (pool) {
-    Pool::instance().run(2, [&](int tid, int n) {
-      const int64_t b = count * tid / n, e = count * (tid + 1) / n;
-      if (b < e) fn(b, e);
-    });
-    return;
-  }
   check(api.torch_parallel_for(
       0, count, 1, [](int64_t begin, int64_t end, void* f) { (*static_cast<F*>(f))(begin, end); },
       &fn));

@@ -20,7 +20,14 @@ import torch
 from lacewing import native
 from lacewing.formats import PackedTensor, get_format
 
-__all__ = ["dequantize", "linear", "linear_no_grad", "packed_of"]
+__all__ = [
+    "dequantize",
+    "linear",
+    "linear_backward",
+    "linear_by_numpy",
+    "linear_no_grad",
+    "packed_of",
+]
 
 _ARGUMENTS = "(Tensor x, Tensor part_0, Tensor? part_1, Tensor? bias, str format, int n) -> Tensor"
 _NAMES = ("linear", "linear_no_grad")
@@ -44,7 +51,7 @@ def dequantize(packed: PackedTensor, begin: int = 0, end: int | None = None) -> 
     return torch.from_numpy(dense)
 
 
-def _linear_by_numpy(
+def linear_by_numpy(
     x: torch.Tensor,
     part_0: torch.Tensor,
     part_1: torch.Tensor | None,
@@ -52,6 +59,7 @@ def _linear_by_numpy(
     format: str,
     n: int,
 ) -> torch.Tensor:
+    """The kernel of a PyTorch without a stable C interface."""
     packed = packed_of(part_0, part_1, format, n, x.shape[-1])
     y: torch.Tensor = native.linear(x, packed, bias, threads=torch.get_num_threads())
     return y
@@ -105,8 +113,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     part_0, part_1 = ctx.saved_tensors
     for_x, for_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    backward = torch.ops.lacewing.linear_backward
-    dx = backward(grad, part_0, part_1, ctx.format, ctx.k) if for_x else None
+    dx = linear_backward(grad, part_0, part_1, ctx.format, ctx.k) if for_x else None
     db = grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None
     return dx, None, None, db, None, None
 
@@ -115,7 +122,7 @@ def _define() -> None:
     if native.compiled().define_torch_operators([name + _ARGUMENTS for name in _NAMES]):
         for name in _NAMES:
             torch.library.define(f"lacewing::{name}", _ARGUMENTS)
-            torch.library.impl(f"lacewing::{name}", "cpu", _linear_by_numpy)
+            torch.library.impl(f"lacewing::{name}", "cpu", linear_by_numpy)
     backward = "lacewing::linear_backward"
     arguments = "(Tensor grad, Tensor part_0, Tensor? part_1, str format, int k) -> Tensor"
     torch.library.define(backward, arguments)
@@ -129,3 +136,4 @@ def _define() -> None:
 _define()
 linear = torch.ops.lacewing.linear.default
 linear_no_grad = torch.ops.lacewing.linear_no_grad.default
+linear_backward = torch.ops.lacewing.linear_backward.default

@@ -84,7 +84,8 @@ class PackedWeight(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs or {})
             if isinstance(weight, PackedWeight) and not isinstance(x, PackedWeight):
                 return weight.linear(x, bias)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(
