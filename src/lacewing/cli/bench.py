@@ -1,4 +1,4 @@
-"""`lacewing bench`: rates of a model, the kernels one by one, a model of PyTorch's beside itself."""
+"""`lacewing bench`: rates of a model, the kernels one by one, a PyTorch model beside itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lacewing.cli.tune import Crossing
 
 app = typer.Typer(
-    help="Measure decode, prefill, the kernels or a PyTorch model on this machine.", no_args_is_help=True
+    help="Measure decode, prefill, the kernels or a PyTorch model on this machine.",
+    no_args_is_help=True,
 )
 
 Model = Annotated[str | None, typer.Argument(help="Default: the demo model, where installed.")]

@@ -84,11 +84,12 @@ class Comparison:
 
     def by_place(self) -> tuple[LayerTime, ...]:
         """`layers` with those of the same place in a stack added up, slowest first."""
-        places: dict[tuple[str, str, str], list[LayerTime]] = {}
+        places: dict[tuple[Any, ...], list[LayerTime]] = {}
         for layer in self.layers:
             place = re.sub(r"\b\d+\b", "*", layer.name)
-            places.setdefault((layer.run, place, layer.format), []).append(layer)
-        found = [_together(place, layers) for (_, place, _), layers in places.items()]
+            key = place, layer.run, layer.shape, layer.format
+            places.setdefault(key, []).append(layer)
+        found = [_together(place, layers) for (place, *_), layers in places.items()]
         return tuple(sorted(found, key=lambda layer: -layer.dense))
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,14 +195,15 @@ def _timing(
     layers: list[LayerTime],
 ) -> Timing:
     dense, replaced = (statistics.median(each) for each in times)
-    spreads = ((max(each) - min(each)) / statistics.median(each) for each in times)
+    spreads = [(max(each) - min(each)) / statistics.median(each) for each in times]
     return Timing(
         name,
         dense,
         replaced,
         sum(layer.dense for layer in layers),
         sum(layer.replaced for layer in layers),
-        *spreads,
+        spreads[0],
+        spreads[1],
         *same,
         len(times[0]),
     )

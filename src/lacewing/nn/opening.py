@@ -118,16 +118,15 @@ def _as(model: Module, inputs: Any) -> Any:
 # -- a Hugging Face directory ---------------------------------------------------------------------
 
 
-def _from_directory(
-    name: str, dtype: torch.dtype, work: Work
-) -> tuple[Module, dict[str, Run]]:
+def _from_directory(name: str, dtype: torch.dtype, work: Work) -> tuple[Module, dict[str, Run]]:
     try:
         import transformers
     except ImportError as error:
         raise LacewingError(
-            f"{name}: opening a Hugging Face directory in PyTorch needs transformers, not installed",
+            f"{name}: a Hugging Face directory needs transformers, which is not installed",
             hint="pip install transformers, or name a function: `module:function`",
         ) from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         generates = any("CausalLM" in each for each in config.architectures or ())
