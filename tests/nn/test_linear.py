@@ -170,9 +170,9 @@ def test_backward_of_a_weight_that_is_dequantized_in_pieces(
 ) -> None:
     layer = packed("w8a8g64")
     grad = torch.randn(5, 72)
-    whole = ops.linear_backward(grad, *layer.parts(), "w8a8g64", 200)
+    whole = ops.linear_backward(grad, *layer.parts(), "w8a8g64", 72, 200)
     monkeypatch.setattr(ops, "_BACKWARD_WEIGHTS", 200 * 7)
-    pieces = ops.linear_backward(grad, *layer.parts(), "w8a8g64", 200)
+    pieces = ops.linear_backward(grad, *layer.parts(), "w8a8g64", 72, 200)
     bound = (grad.abs() @ layer.weight.abs()) * 72 * 2.0**-23
     assert (whole - pieces).abs().le(bound).all()
 
@@ -204,9 +204,9 @@ def test_opcheck(format: str) -> None:
     layer = packed(format)
     parts = layer.parts()
     for x in (torch.randn(2, 200), torch.randn(3, 2, 200, requires_grad=True), torch.randn(0, 200)):
-        opcheck(ops.linear, (x, *parts, layer.bias, format, 72))
-    opcheck(ops.linear_no_grad, (torch.randn(2, 200), *parts, None, format, 72))
-    opcheck(ops.linear_backward, (torch.randn(2, 72), *parts, format, 200))
+        opcheck(ops.linear, (x, *parts, layer.bias, format, 72, 200))
+    opcheck(ops.linear_no_grad, (torch.randn(2, 200), *parts, None, format, 72, 200))
+    opcheck(ops.linear_backward, (torch.randn(2, 72), *parts, format, 72, 200))
 
 
 def test_compiled_whole() -> None:
@@ -251,7 +251,7 @@ def test_an_older_pytorch_gets_the_same_through_numpy() -> None:
     layer = packed("w8a8g64")
     for dtype in FLOATS:
         x = torch.randn(2, 3, 200).to(dtype)
-        arguments = (x, *layer.parts(), layer.bias, "w8a8g64", 72)
+        arguments = (x, *layer.parts(), layer.bias, "w8a8g64", 72, 200)
         assert torch.equal(ops.linear_by_numpy(*arguments), ops.linear_no_grad(*arguments))
 
 
@@ -268,8 +268,9 @@ def test_the_operator_checks_what_it_is_given() -> None:
         bias: Any = None,
         format: Any = "w8a8g64_sp",
         n: Any = 72,
+        k: Any = 200,
     ) -> Any:
-        return ops.linear_no_grad(x, part_0, part_1, bias, format, n)
+        return ops.linear_no_grad(x, part_0, part_1, bias, format, n, k)
 
     call()
     wrong = torch.from_numpy(offsets.numpy().copy())
@@ -277,7 +278,8 @@ def test_the_operator_checks_what_it_is_given() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"x": x.double()}, "float32, bfloat16 or float16"),
         ({"x": torch.tensor(1.0)}, "scalar"),
-        ({"x": x[:, :64]}, "not in w8a8g64_sp"),
+        ({"x": x[:, :64]}, r"x must be \[..., 200\], got 64"),
+        ({"x": x[:, :199]}, r"x must be \[..., 200\], got 199"),
         ({"part_1": None}, "`offsets` is missing"),
         ({"part_1": wrong}, "strip"),
         ({"part_0": stream[8:]}, "not in w8a8g64_sp"),

@@ -107,6 +107,7 @@ class Linear(torch.nn.Linear):
                 bias,
                 self.format,
                 self.out_features,
+                self.in_features,
             )
         except RuntimeError as error:
             self._explain(x, error)

@@ -57,7 +57,7 @@ class PackedWeight(torch.Tensor):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + bias` by the packed weight."""
-        arguments = (x, self.part_0, self.part_1, bias, self.format, self.shape[0])
+        arguments = (x, self.part_0, self.part_1, bias, self.format, *self.shape)
         y: torch.Tensor = ops.linear(*arguments)
         return y
 
