@@ -1,4 +1,4 @@
-"""Model files: GGUF, Hugging Face directories, and Lacewing's own packed directories."""
+"""Model files: GGUF, Hugging Face directories (compressed by others, too), and Lacewing's own packed directories."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lacewing.checkpoint.convert import (
 from lacewing.checkpoint.describe import describe
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
+from lacewing.checkpoint.weights import open_weights
 
 __all__ = [
     "AUTO",
@@ -27,5 +28,6 @@ __all__ = [
     "load_model",
     "load_packed",
     "open_source",
+    "open_weights",
     "write_packed",
 ]
