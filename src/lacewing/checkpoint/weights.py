@@ -80,12 +80,11 @@ def read_weights(place: Path, config: Config) -> Weights:
     left_out = set(reading.left_out)
     tensors: dict[str, SourceTensor] = {}
     for name, file in files.items():
-        if name in reading.made:
-            made = reading.made[name]
-            if tensors.setdefault(made.name, made) is not made:
-                fail(f"{place}: `{shown(made.name)}`", "one weight", "a dense one and its parts")
-        elif name not in left_out:
-            tensors[name] = FloatTensor(file, name)
+        if name in left_out:
+            continue
+        tensor = reading.made.get(name) or FloatTensor(file, name)
+        if tensors.setdefault(tensor.name, tensor) is not tensor:
+            fail(f"{place}: `{shown(tensor.name)}`", "one weight", "a dense one and its parts")
     return Weights(tensors, tuple(reading.notes))
 
 
