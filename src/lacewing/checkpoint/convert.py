@@ -4,7 +4,10 @@ What `format="auto"` packs a weight into:
 
     GGUF Q8_0 Q4_0 Q4_1 Q5_0 Q5_1   their own grid, without loss
     GGUF Q4_K Q5_K Q6_K             w4a8g32z, w5a8g32z, w8a8g32: the nearest grid
+    weights that others rounded     their own grid, without loss, or the nearest (`grid.py`)
     F32 F16 BF16                    w8a8g32
+    with zeros in them              the sparse format of the same width, where it pays
+                                    (`patterns.py`)
     packed                          as it is
 
 With another format the embedding and the head become w8a8g32 (bf16 with bf16). Tensors of one
@@ -35,6 +38,7 @@ from lacewing.checkpoint.manifest import (
     manifest_json,
 )
 from lacewing.checkpoint.packing import Job, Packed, Report
+from lacewing.checkpoint.patterns import find_sparser
 from lacewing.checkpoint.safetensors import SafetensorsWriter
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
@@ -203,7 +207,13 @@ def convert(
     with _pool(threads) as pool:
         for name, (tensor, kind) in plan.items():
             share = None if name in _TABLES else sparsity
-            waiting.append(Job(pool, tensor, kind, share, machine))
+            found = None
+            if format == AUTO and not share and _is_searched(tensor, kind):
+                found = find_sparser(tensor, machine, pool)
+            if found is not None:
+                tensor, kind = found.tensor, found.kind
+            pattern = None if found is None else found.pattern
+            waiting.append(Job(pool, tensor, kind, share, machine, pattern))
             while sum(job.weights for job in waiting) > _AHEAD + waiting[0].weights:
                 job = waiting.popleft()
                 yield job.result()
@@ -212,6 +222,11 @@ def convert(
             job = waiting.popleft()
             yield job.result()
             done = _advance(progress, job, done, total)
+
+
+def _is_searched(tensor: SourceTensor, kind: Format | None) -> bool:
+    """Whether zeros in a tensor are looked for: in matrices, but not in embedding and head."""
+    return kind is not None and tensor.name not in _TABLES and tensor.packed() is None
 
 
 def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
