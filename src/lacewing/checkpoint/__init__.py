@@ -13,6 +13,7 @@ from lacewing.checkpoint.convert import (
     write_packed,
 )
 from lacewing.checkpoint.describe import describe
+from lacewing.checkpoint.export import write_compressed_tensors
 from lacewing.checkpoint.patterns import Pattern, pattern_of, sparse_format
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
@@ -34,5 +35,6 @@ __all__ = [
     "open_weights",
     "pattern_of",
     "sparse_format",
+    "write_compressed_tensors",
     "write_packed",
 ]

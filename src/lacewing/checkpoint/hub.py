@@ -15,7 +15,7 @@ from lacewing.checkpoint.tensors import F32, Source, SourceTensor, TokenizerFile
 from lacewing.checkpoint.weights import CONFIG, QUANTIZATION_KEYS, read_weights
 from lacewing.errors import CheckpointError
 
-__all__ = ["CONFIG", "HubSource"]
+__all__ = ["CONFIG", "HubSource", "norms_are_offsets"]
 
 
 class HubSource(Source):
@@ -36,7 +36,7 @@ class HubSource(Source):
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:  # type: ignore[override]
         found = self.weights.tensors
-        if not str(self.config.get("model_type", "")).startswith("gemma"):
+        if not norms_are_offsets(self.config):
             return found
         return {name: _with_offset(tensor) for name, tensor in found.items()}
 
@@ -49,6 +49,11 @@ class HubSource(Source):
                 " writes it",
             )
         return _Tokenizer(self.path, read_text(path), self.config).files()
+
+
+def norms_are_offsets(config: Mapping[str, Any]) -> bool:
+    """Whether Hugging Face's files have norm weights less one: Gemma multiplies by 1 + w."""
+    return str(config.get("model_type", "")).startswith("gemma")
 
 
 def _with_offset(tensor: SourceTensor) -> SourceTensor:

@@ -7,7 +7,8 @@ Bits per weight, with a share d of the weights not zero, or b of the blocks (for
      8     w8a8g64_sp  1.25+8 d  w8a8g64_24  5.25    w8a8_b16x1  0.06 + 8 b
      4     w4a8g64_sp  1.25+4 d  w4a8g64_24  3.25
 
-The smallest of those that pay (`breakeven.py`) is taken. `w8a8_b16x1` has one scale per row.
+The smallest of those that pay (`breakeven.py`) is taken; a pattern even where zeros anywhere would
+be up to a tenth smaller, since its kernels count no bits. `w8a8_b16x1` has one scale per row.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _FORMATS = {
     8: ("w8a8g64_sp", "w8a8g64_24", "w8a8_b16x1"),
     4: ("w4a8g64_sp", "w4a8g64_24"),
 }
+_ANYWHERE = 1.1
+"""How much larger than it is a format counts that takes zeros anywhere."""
 _FEW = 0.05
 """Share of zeros in a sample below which a weight is not looked through."""
 
@@ -118,7 +121,7 @@ def sparse_format(
         density, size = _size(kind, pattern)
         twin = dense_twin(kind)
         if density < break_even(kind, machine) and twin is not None and size < _dense_size(twin):
-            sizes[name] = size
+            sizes[name] = size * (_ANYWHERE if name.endswith("_sp") else 1)
     return min(sizes, key=lambda name: sizes[name]) if sizes else None
 
 
