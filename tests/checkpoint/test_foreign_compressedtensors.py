@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lacewing.checkpoint import open_weights
+from lacewing.checkpoint import describe, load_model, open_source, open_weights
 from lacewing.formats import get_format
+from tests.checkpoint.build import config, tokenizer_document
 from tests.checkpoint.foreign import Array, group, numpy_of, write_quantized
 
 torch = pytest.importorskip("torch")
@@ -160,3 +162,127 @@ def test_scales_that_are_no_float16(tmp_path: Path) -> None:
     name, codes = tensor.near_codes()
     rounded = get_format(name).dequantize(codes)
     assert np.abs(rounded - oracle).max() <= np.abs(oracle).max() * 2.0**-11
+
+
+# -- whole models ---------------------------------------------------------------------------------
+
+
+def saved_by_the_library(path: Path, groups: dict[str, Any]) -> Path:
+    """A tiny Llama, rounded to nearest, compressed and saved by the library."""
+    transformers = pytest.importorskip("transformers")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    torch.manual_seed(0)
+    stated = config(architectures=["LlamaForCausalLM"], tie_word_embeddings=False)
+    model_type = stated.pop("model_type")
+    made = transformers.AutoConfig.for_model(model_type, **stated)
+    model = transformers.AutoModelForCausalLM.from_config(made).to(torch.bfloat16)
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        args = scheme.weights
+        rows = module.weight.data.unflatten(1, (-1, args.group_size or module.weight.shape[1]))
+        scale, zero = calculate_qparams(rows.amin(-1), rows.amax(-1), args)
+        module.weight_scale.data = scale
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data = zero
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(path)
+    compressor.update_config(str(path))
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer_document()))
+    return path
+
+
+def read_by_the_library(path: Path) -> dict[str, Array]:
+    import transformers
+    from compressed_tensors.compressors import ModelCompressor
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    stated = model.config.quantization_config
+    ModelCompressor.from_compression_config(stated).decompress_model(model)
+    return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+
+def taken_apart_by_the_library(path: Path, scheme: dict[str, Any]) -> dict[str, Array]:
+    """Module by module, since transformers 5 cannot load packed zero points ("size mismatch")."""
+    from safetensors.torch import load_file
+
+    stored = load_file(path / "model.safetensors")
+    found = {name: value.float().numpy() for name, value in stored.items()}
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    for name in stored:
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            own = {n.removeprefix(f"{module}."): v for n, v in stored.items() if module in n}
+            own["weight_scale"] = own["weight_scale"].float()
+            made = compressor.decompress(own, QuantizationScheme(**scheme))
+            found[f"{module}.weight"] = made["weight"].numpy()
+    return found
+
+
+ASYMMETRIC = {"symmetric": False}
+PER_TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "W4A16": (
+        {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 128}}},
+        {"w4a8g128"},
+    ),
+    "W4A16_ASYM": (
+        {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64, **ASYMMETRIC}}},
+        {"w4a8g32z"},
+    ),
+    "W8A8": (
+        {
+            "a": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "strategy": "channel"},
+                "input_activations": PER_TOKEN,
+            }
+        },
+        {"w8a8"},
+    ),
+    "mixed": (
+        {
+            "a": {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8, "group_size": 32}},
+            "b": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 3, "group_size": 64}},
+            "c": {
+                "targets": ["model.layers.1.mlp.up_proj"],
+                "weights": {"num_bits": 4, "group_size": 32},
+            },
+        },
+        {"w8a8g32", "w3a8g64", "w4a8g32"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_the_library(tmp_path: Path, name: str) -> None:
+    groups, formats = MODELS[name]
+    place = saved_by_the_library(tmp_path / "model", groups)
+    source = open_source(place)
+    if name == "W4A16_ASYM":
+        expected = taken_apart_by_the_library(place, groups["a"])
+    else:
+        expected = read_by_the_library(place)
+    assert source.spec.tensor_shapes().keys() == source.tensors.keys() <= expected.keys()
+    for tensor in source.tensors.values():
+        assert np.array_equal(tensor.dequantize(), expected[tensor.name]), tensor.name
+    model = load_model(place)
+    reports = {report.name: report for report in model.reports}
+    rounded = {n: r for n, r in reports.items() if n.startswith("model.layers") and r.shape[1:]}
+    own = {r.format for r in rounded.values() if "quantized" in r.source}
+    assert own == formats
+    for report in rounded.values():
+        # bf16 scales and codes are kept; only minima may be rounded.
+        near = report.format.endswith("z")
+        dense = "quantized" not in report.source
+        assert report.exact or near or dense, report
+        assert dense or report.error <= 2.0**-11
+    assert "quantization_config" not in model.config
+    notes = describe(place)["notes"]
+    assert len(notes) == (name == "W8A8")
