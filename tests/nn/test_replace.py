@@ -43,7 +43,7 @@ def linears(model: nn.Module) -> list[str]:
     return [name for name, each in model.named_modules() if type(each) is nn.Linear]
 
 
-# -- what is replaced ---------------------------------------------------------------------------------
+# -- what is replaced -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", FORMATS)
