@@ -132,7 +132,7 @@ NEW_TOKENS = 32
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """transformers' greedy generation by a bf16 model, batch 1, and where its time goes."""
-    path = Path(args.model) if args.model else smollm2()
+    path = Path(args.model) if args.model else demo_model()
     dense = open_language_model(path)
     models = {"PyTorch bf16": dense}
     for format in args.formats or ["w8a8g64", "w4a8g64"]:
@@ -197,17 +197,6 @@ def open_language_model(path: Path) -> Any:
     place = path.parent if options else path
     opener = transformers.AutoModelForCausalLM
     return opener.from_pretrained(place, dtype=torch.bfloat16, **options).eval()
-
-
-def smollm2() -> Path:
-    """SmolLM2-135M as a Hugging Face directory, made once from the demo model's file."""
-    out = CACHE / "smollm2-hf"
-    if not out.exists():
-        harness.progress("reading SmolLM2 from its GGUF file")
-        part = out.with_suffix(".part")
-        open_language_model(demo_model()).save_pretrained(part)
-        part.rename(out)
-    return out
 
 
 # -- encode ---------------------------------------------------------------------------------------
@@ -364,7 +353,7 @@ def export_int8(path: Path, batch: dict[str, torch.Tensor], file: Path) -> None:
 
 def replace(args: argparse.Namespace) -> dict[str, Any]:
     """Data-free compression of a bf16 model in memory."""
-    path = Path(args.model) if args.model else smollm2()
+    path = Path(args.model) if args.model else demo_model()
     model = open_language_model(path)
     for parameter in model.parameters():  # what is mapped from the file is in memory then
         parameter.data = parameter.data.clone()
