@@ -327,6 +327,20 @@ def test_adapters_stay_and_what_they_adapt_is_replaced() -> None:
     assert up.lora_B["default"].weight.grad is not None
 
 
+def test_adapters_on_packed_layers() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    packed = net()
+    replace_linear(packed, "w8a8g32")
+    x = torch.randn(2, 64)
+    want = packed(x)
+    model = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=["up", "2"]))
+    torch.testing.assert_close(model(x), want)
+    model(x).sum().backward()
+    trained = [name for name, each in model.named_parameters() if each.grad is not None]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
 # -- hooks ----------------------------------------------------------------------------------------
 
 
