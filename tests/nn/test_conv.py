@@ -10,7 +10,7 @@ import pytest
 
 import lacewing
 from lacewing.errors import FormatError
-from lacewing.formats import FORMATS, get_format
+from lacewing.formats import FORMATS
 
 torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
 
@@ -46,7 +46,7 @@ def test_is_the_convolution_of_the_dequantized_weight(
     assert isinstance(new, Conv1d if which == "1d" else Conv2d)
     x = torch.randn(shape)
     x = x if batched else x[0]
-    want = twin_of(model, nn.Sequential(new))(x.double() if False else x)
+    want = twin_of(model, nn.Sequential(new))(x)
     got = new(x)
     assert got.shape == want.shape
     assert got.is_contiguous()
@@ -54,10 +54,8 @@ def test_is_the_convolution_of_the_dequantized_weight(
     torch.testing.assert_close(got, want, rtol=0, atol=40 * 2.0**-23 * 40)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.group_size])
 def test_integer_formats_have_the_bits_of_the_oracle(name: str) -> None:
-    if not get_format(name).group_size:
-        pytest.skip(f"{name} multiplies floats")
     torch.manual_seed(1)
     new = packed(nn.Conv2d(70, 33, 1), name)
     x = torch.randn(2, 70, 3, 4)

@@ -246,6 +246,32 @@ def test_sparse_experts() -> None:
         torch.testing.assert_close(model(tokens).logits, want, rtol=0, atol=1e-4)
 
 
+def llama4() -> tuple[nn.Module, tuple[Any, ...]]:
+    llama = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    config = llama.Llama4TextConfig(hidden_size=64, intermediate_size=32, num_local_experts=3)
+    return llama.Llama4TextExperts(config), (torch.randn(3 * 5, 64),)
+
+
+def jetmoe() -> tuple[nn.Module, tuple[Any, ...]]:
+    jet = pytest.importorskip("transformers.models.jetmoe.modeling_jetmoe")
+    return jet.JetMoeParallelExperts(3, 64, 48), (torch.randn(9, 64), [4, 0, 5])
+
+
+@pytest.mark.parametrize("make", [llama4, jetmoe])
+def test_experts_that_do_not_say_how_they_lie(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, inputs = make()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_(std=0.2)
+    model = copy.deepcopy(dense)
+    report = replace_linear(model, "bf16")
+    assert all(layer.replaced for layer in report.layers)
+    want = twin_of(dense, model)(*inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedWeight, "dequantized", None)  # is not called
+        torch.testing.assert_close(model(*inputs), want, rtol=0, atol=1e-4)
+
+
 def test_stacks_that_are_not_known() -> None:
     class Stacked(nn.Module):
         def __init__(self) -> None:
