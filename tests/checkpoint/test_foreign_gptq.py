@@ -182,6 +182,18 @@ def test_auto_round_rules(tmp_path: Path, key: str) -> None:
     assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), weight)
 
 
+def test_auto_round_names_are_no_expressions(tmp_path: Path) -> None:
+    """A rule for one module is not one for others whose names begin like its own."""
+    parts, weight = random_gptq(4, 32, 64, 32)
+    more, other = random_gptq(3, 32, 64, 64)
+    parts |= {part.replace("up_proj", "up_proj_b"): array for part, array in more.items()}
+    config = gptq(3, 64) | {"quant_method": "auto-round"}
+    config["extra_config"] = {MODULE: {"bits": 4, "group_size": 32}}
+    weights = open_weights(write_quantized(tmp_path / "model", config, parts))
+    assert np.array_equal(weights[WEIGHT].dequantize(), weight)
+    assert np.array_equal(weights[f"{MODULE}_b.weight"].dequantize(), other)
+
+
 def test_an_old_file_beside_the_config(tmp_path: Path) -> None:
     parts, weight = random_gptq(4, 16, 64, 32)
     place = write_quantized(tmp_path / "model", None, parts)

@@ -188,6 +188,19 @@ def test_parts_that_lie(tmp_path: Path, case: str) -> None:
     assert error.hint
 
 
+def test_a_bit_beyond_the_last_input(tmp_path: Path) -> None:
+    parts = {
+        "compressed": np.ones(8, np.float32),
+        "bitmask": np.array([[1, 0b10000000]] * 8, np.uint8),
+        "shape": np.array([8, 12]),
+        "row_offsets": np.arange(8),
+    }
+    place = written(tmp_path / "model", bitmask()[0], parts)
+    refused(read_all, place, "bitmask", "no bit beyond input 11")
+    parts["bitmask"][:, 1] = 0
+    read_all(written(tmp_path / "right", bitmask()[0], parts))
+
+
 def weights(**changes: Any) -> Callable[[Config], None]:
     return lambda config: config["config_groups"]["group_0"]["weights"].update(changes)
 
