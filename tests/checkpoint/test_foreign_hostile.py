@@ -158,6 +158,11 @@ LIES: dict[str, tuple[str, Callable[[Parts], None], str]] = {
     "codes of three dimensions": ("int8", put("weight", lambda a: a[None]), "int8 codes"),
     "no codes": ("int8", drop("weight"), "weight"),
     "scales of groups": ("int8", put("weight_scale", np.ones((N, 2), np.float32)), "weight_scale"),
+    "symmetric, but not": (
+        "int8",
+        put("weight_zero_point", np.ones((N, 1), np.int8)),
+        "weight_zero_point",
+    ),
     "a bit too many": ("bitmask", put("bitmask", bit_beyond), "bitmask"),
     "a wide bitmask": ("bitmask", put("bitmask", lambda a: np.pad(a, (0, 1))), "bitmask"),
     "a bitmask of int8": ("bitmask", put("bitmask", lambda a: a.view(np.int8)), "bitmask"),
