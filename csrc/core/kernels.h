@@ -89,6 +89,9 @@ struct KernelTable {
   void (*scale_mul)(const float* x, float scale, const float* weight, int64_t n, float* y);
   void (*add)(const float* x, int64_t n, float* y);  // y += x
   void (*scale)(float scale, int64_t n, float* y);   // y *= scale
+  // n floats of `type` as f32, and back (nearest even).
+  void (*widen)(Float type, const void* from, int64_t n, float* to);
+  void (*narrow)(Float type, const float* from, int64_t n, void* to);
   void (*act_mul)(Activation act, const float* gate, const float* up, int64_t n, float* y);
   // Rotates the halves of one head in place: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
   void (*rope)(float* x, const float* cos, const float* sin, int64_t head_dim);

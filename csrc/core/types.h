@@ -75,4 +75,8 @@ struct Rows {
 
 enum class Activation : int { silu, gelu_tanh };
 
+// How a tensor that is not ours holds its floats.
+enum class Float : int { f32, bf16, f16 };
+inline constexpr int64_t float_bytes(Float type) { return type == Float::f32 ? 4 : 2; }
+
 }  // namespace lacewing

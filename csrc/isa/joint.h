@@ -13,6 +13,7 @@
 #include "formats/sparse.h"
 #include "ops/activation.h"
 #include "ops/attention.h"
+#include "ops/convert.h"
 #include "ops/elementwise.h"
 #include "ops/math.h"
 #include "ops/peak.h"
@@ -40,6 +41,8 @@ constexpr KernelTable make_table() {
       scale_mul<S>,
       add<S>,
       scale<S>,
+      widen<S>,
+      narrow<S>,
       act_mul<S>,
       rope<S>,
       {
