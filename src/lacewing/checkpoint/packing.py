@@ -21,7 +21,7 @@ from lacewing.formats import Codes, Format, PackedTensor
 from lacewing.formats.base import aligned_empty, row_chunks
 from lacewing.formats.tiles import STRIP
 
-__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads", "uninterrupted"]
+__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads"]
 
 Packed = PackedTensor | F32
 

@@ -7,7 +7,6 @@ once would be more memory than the model. Pages of a file that are only read can
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from contextlib import suppress
 from types import TracebackType
@@ -27,9 +26,10 @@ class Spill:
 
     def __init__(self) -> None:
         self._size = 0
+        self._maps: list[mmap.mmap] = []
         self._file: Any = None
         with suppress(OSError):
-            self._file = tempfile.TemporaryFile(prefix="lacewing-", buffering=0)
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (`__exit__` closes it)
 
     def __enter__(self) -> Spill:
         return self
@@ -51,16 +51,23 @@ class Spill:
             return packed
         return PackedTensor(packed.format, packed.shape, parts)
 
+    def unread(self) -> None:
+        """Gives back the memory that reading what is kept has taken."""
+        for view in self._maps:
+            view.madvise(mmap.MADV_DONTNEED)
+        self._maps.clear()
+
     def _keep(self, part: Array) -> Array:
         if self._file is None or part.nbytes == 0:
             return part
         begin = -(-self._size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file.seek(begin)
-        rest = memoryview(part).cast("B")
+        rest = part.reshape(-1).view(np.uint8).data
         while rest:
             rest = rest[self._file.write(rest) :]
         self._size = begin + part.nbytes
         view = mmap.mmap(self._file.fileno(), part.nbytes, access=mmap.ACCESS_COPY, offset=begin)
+        self._maps.append(view)
         out: Array = np.frombuffer(view, part.dtype).reshape(part.shape)
         return out
 
