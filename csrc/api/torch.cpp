@@ -226,14 +226,6 @@ Tensor empty_like(const Matrix& x, int32_t dtype, int64_t n) {
 template <class F>
 void parallel(int64_t count, bool little, F fn) {
   if (little) return fn(0, count);
-  static const bool pool = getenv("LW_POOL") != nullptr;
-  if (pool) {
-    Pool::instance().run(2, [&](int tid, int n) {
-      const int64_t b = count * tid / n, e = count * (tid + 1) / n;
-      if (b < e) fn(b, e);
-    });
-    return;
-  }
   check(api.torch_parallel_for(
       0, count, 1, [](int64_t begin, int64_t end, void* f) { (*static_cast<F*>(f))(begin, end); },
       &fn));
@@ -302,14 +294,16 @@ const float* bias_of(const KernelTable& table, const OwnedTensor& bias, int64_t 
   return space;
 }
 
-// kSchema's arguments in order.
+// The arguments of nn/ops.py's operators in order.
 void linear(Value* stack, uint64_t, uint64_t) {
   const OwnedTensor x(stack[0]), first(stack[1]), second(unbox(stack[2])), bias(unbox(stack[3]));
   const OwnedString format(stack[4]);
-  const int64_t n = static_cast<int64_t>(stack[5]);
+  const auto n = static_cast<int64_t>(stack[5]), k = static_cast<int64_t>(stack[6]);
   const KernelTable& table = default_table();
   const Matrix rows(x);
-  const PackedTensor w = weight_of(first, second, find_format(format.view()), n, rows.k());
+  require(rows.k() == k, "x must be [..., " + std::to_string(k) + "], got " +
+                             std::to_string(rows.k()) + " columns");
+  const PackedTensor w = weight_of(first, second, find_format(format.view()), n, k);
   const float* addend = bias_of(table, bias, n);
   OwnedTensor y(reinterpret_cast<Value>(empty_like(rows, x.dtype(), n)));
   if (rows.m > 0) Product{table, w, rows, addend, y.data()}.run();

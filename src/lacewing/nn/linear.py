@@ -83,10 +83,11 @@ class Linear(torch.nn.Linear):
             self.register_buffer(name, _from_numpy(part), persistent=False)
         first, second, *_ = (*get_format(packed.format).part_names, None)
         self._names = first, second
-        parts = self._parts()
+        parts = self.parts()
         self.__dict__["_weight"] = PackedWeight(*parts, self.format, packed.shape, self.dtype)
 
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The packed bytes, as the operators take them."""
         first, second = self._names
         buffers: Any = self._buffers
         return buffers[first], buffers[second] if second else None
@@ -106,6 +107,7 @@ class Linear(torch.nn.Linear):
                 bias,
                 self.format,
                 self.out_features,
+                self.in_features,
             )
         except RuntimeError as error:
             self._explain(x, error)

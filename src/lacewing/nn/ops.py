@@ -1,8 +1,9 @@
 """The operators of packed weights as PyTorch knows them:
 
-    lacewing::linear(Tensor x, Tensor part_0, Tensor? part_1, Tensor? bias, str format, int n)
+    lacewing::linear(Tensor x, Tensor part_0, Tensor? part_1, Tensor? bias, str format,
+                     int n, int k)
     lacewing::linear_no_grad(..)                    the same without a gradient: less to do per call
-    lacewing::linear_backward(Tensor grad, Tensor part_0, Tensor? part_1, str format, int k)
+    lacewing::linear_backward(Tensor grad, Tensor part_0, Tensor? part_1, str format, int n, int k)
 
 `linear` is `x W^T + bias`: x `[..., k]` of float32, bfloat16 or float16 with any strides, W
 `[n, k]` in the parts of `format`, bias `[n]` or None; the result is `[..., n]` in the type of x, in
@@ -20,9 +21,18 @@ import torch
 from lacewing import native
 from lacewing.formats import PackedTensor, get_format
 
-__all__ = ["dequantize", "linear", "linear_no_grad", "packed_of"]
+__all__ = [
+    "dequantize",
+    "linear",
+    "linear_backward",
+    "linear_by_numpy",
+    "linear_no_grad",
+    "packed_of",
+]
 
-_ARGUMENTS = "(Tensor x, Tensor part_0, Tensor? part_1, Tensor? bias, str format, int n) -> Tensor"
+_ARGUMENTS = (
+    "(Tensor x, Tensor part_0, Tensor? part_1, Tensor? bias, str format, int n, int k) -> Tensor"
+)
 _NAMES = ("linear", "linear_no_grad")
 _BACKWARD_WEIGHTS = 1 << 24
 """Weights that are dequantized at once while a gradient is computed: 64 MB."""
@@ -44,15 +54,17 @@ def dequantize(packed: PackedTensor, begin: int = 0, end: int | None = None) -> 
     return torch.from_numpy(dense)
 
 
-def _linear_by_numpy(
+def linear_by_numpy(
     x: torch.Tensor,
     part_0: torch.Tensor,
     part_1: torch.Tensor | None,
     bias: torch.Tensor | None,
     format: str,
     n: int,
+    k: int,
 ) -> torch.Tensor:
-    packed = packed_of(part_0, part_1, format, n, x.shape[-1])
+    """The kernel of a PyTorch without a stable C interface."""
+    packed = packed_of(part_0, part_1, format, n, k)
     y: torch.Tensor = native.linear(x, packed, bias, threads=torch.get_num_threads())
     return y
 
@@ -64,7 +76,9 @@ def _linear_shape(
     bias: torch.Tensor | None,
     format: str,
     n: int,
+    k: int,
 ) -> torch.Tensor:
+    torch._check(x.shape[-1] == k, lambda: f"lacewing::linear: x must be [..., {k}]")
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -73,9 +87,9 @@ def _linear_backward(
     part_0: torch.Tensor,
     part_1: torch.Tensor | None,
     format: str,
+    n: int,
     k: int,
 ) -> torch.Tensor:
-    n = grad.shape[-1]
     packed = packed_of(part_0, part_1, format, n, k)
     rows = grad.reshape(-1, n).float()
     total = torch.zeros(rows.shape[0], k)
@@ -91,33 +105,33 @@ def _linear_backward_shape(
     part_0: torch.Tensor,
     part_1: torch.Tensor | None,
     format: str,
+    n: int,
     k: int,
 ) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], k))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, part_0, part_1, _, ctx.format, _ = inputs
-    ctx.k = x.shape[-1]
+    _, part_0, part_1, _, ctx.format, ctx.n, ctx.k = inputs
     ctx.save_for_backward(part_0, part_1)
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     part_0, part_1 = ctx.saved_tensors
     for_x, for_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    backward = torch.ops.lacewing.linear_backward
-    dx = backward(grad, part_0, part_1, ctx.format, ctx.k) if for_x else None
+    parts = part_0, part_1, ctx.format, ctx.n, ctx.k
+    dx = linear_backward(grad, *parts) if for_x else None
     db = grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None
-    return dx, None, None, db, None, None
+    return dx, None, None, db, None, None, None
 
 
 def _define() -> None:
     if native.compiled().define_torch_operators([name + _ARGUMENTS for name in _NAMES]):
         for name in _NAMES:
             torch.library.define(f"lacewing::{name}", _ARGUMENTS)
-            torch.library.impl(f"lacewing::{name}", "cpu", _linear_by_numpy)
+            torch.library.impl(f"lacewing::{name}", "cpu", linear_by_numpy)
     backward = "lacewing::linear_backward"
-    arguments = "(Tensor grad, Tensor part_0, Tensor? part_1, str format, int k) -> Tensor"
+    arguments = "(Tensor grad, Tensor part_0, Tensor? part_1, str format, int n, int k) -> Tensor"
     torch.library.define(backward, arguments)
     torch.library.impl(backward, "cpu", _linear_backward)
     torch.library.register_fake(backward, _linear_backward_shape)
@@ -129,3 +143,4 @@ def _define() -> None:
 _define()
 linear = torch.ops.lacewing.linear.default
 linear_no_grad = torch.ops.lacewing.linear_no_grad.default
+linear_backward = torch.ops.lacewing.linear_backward.default

@@ -57,7 +57,7 @@ class PackedWeight(torch.Tensor):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + bias` by the packed weight."""
-        arguments = (x, self.part_0, self.part_1, bias, self.format, self.shape[0])
+        arguments = (x, self.part_0, self.part_1, bias, self.format, *self.shape)
         y: torch.Tensor = ops.linear(*arguments)
         return y
 
@@ -84,7 +84,8 @@ class PackedWeight(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs or {})
             if isinstance(weight, PackedWeight) and not isinstance(x, PackedWeight):
                 return weight.linear(x, bias)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(
