@@ -25,8 +25,12 @@ import numpy as np
 import torch
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 
 from lacewing.checkpoint.safetensors import read_safetensors
 from lacewing.errors import CheckpointError, FormatError, LacewingError, RequestError
