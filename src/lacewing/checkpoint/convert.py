@@ -19,7 +19,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from lacewing.checkpoint.manifest import (
     PackedSource,
     manifest_json,
 )
-from lacewing.checkpoint.packing import Job, Packed, Report
+from lacewing.checkpoint.packing import AHEAD, Job, Packed, Report, packing_threads
 from lacewing.checkpoint.safetensors import SafetensorsWriter
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
@@ -54,9 +53,6 @@ __all__ = [
 AUTO = "auto"
 _FLOATS_TO = "w8a8g32"
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-_AHEAD = 8 << 20
-"""Weights under way at once beyond the tensor that is waited for."""
-_MAX_THREADS = 8
 
 Progress = Callable[[str, int, int], None]
 """Called after every tensor: its name, weights done, weights in all."""
@@ -200,11 +196,11 @@ def convert(
     total = sum(math.prod(tensor.shape) for tensor, _ in plan.values())
     done = 0
     waiting: deque[Job] = deque()
-    with _pool(threads) as pool:
+    with packing_threads(threads) as pool:
         for name, (tensor, kind) in plan.items():
             share = None if name in _TABLES else sparsity
             waiting.append(Job(pool, tensor, kind, share, machine))
-            while sum(job.weights for job in waiting) > _AHEAD + waiting[0].weights:
+            while sum(job.weights for job in waiting) > AHEAD + waiting[0].weights:
                 job = waiting.popleft()
                 yield job.result()
                 done = _advance(progress, job, done, total)
@@ -219,17 +215,6 @@ def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
     if progress is not None:
         progress(job.tensor.name, done, total)
     return done
-
-
-@contextmanager
-def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that stop early when the caller does."""
-    count = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="pack")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _plan(

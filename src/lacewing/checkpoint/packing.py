@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,9 +21,13 @@ from lacewing.formats import Codes, Format, PackedTensor
 from lacewing.formats.base import aligned_empty, row_chunks
 from lacewing.formats.tiles import STRIP
 
-__all__ = ["Job", "Packed", "Report"]
+__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads", "uninterrupted"]
 
 Packed = PackedTensor | F32
+
+AHEAD = 8 << 20
+"""Weights under way at once beyond the tensor that is waited for."""
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Report:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the end. `ThreadPoolExecutor.submit` holds locks that its workers want:
     interrupted inside, it may leave them locked, and nobody could ever join the workers."""
     old = signal.getsignal(signal.SIGINT)
@@ -65,8 +70,23 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+@contextmanager
+def packing_threads(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that stop early when the caller does; None: one per core, at most 8."""
+    count = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="pack")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
 class Job:
     """One tensor under way: its runs of rows are with the pool."""
+
+    lost = whole = 0.0
+    """Squared norms of what rounding took away and of the weights, once there is a result; 0 where
+    nothing was rounded."""
 
     def __init__(
         self,
@@ -87,7 +107,7 @@ class Job:
         if kind is not None and self._packed is None:
             n, k = tensor.shape
             self._join = _joiner(kind, n, k)
-            with _uninterrupted():
+            with uninterrupted():
                 self._pieces = [
                     pool.submit(self._piece, kind, sparsity, begin, end)
                     for begin, end in row_chunks(n, k)
@@ -107,8 +127,8 @@ class Job:
         self.tensor.release()
         density = sum(p.kept for p in pieces) / self.weights if self.kind.sparse else None
         packed = self._faster(self._join.finish(self.kind), density)
-        lost, whole = sum(p.lost for p in pieces), sum(p.whole for p in pieces)
-        error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
+        self.lost, self.whole = sum(p.lost for p in pieces), sum(p.whole for p in pieces)
+        error = math.sqrt(self.lost / self.whole) if self.whole else math.sqrt(self.lost)
         exact = all(p.exact for p in pieces)
         instead_of = None if packed.format == self.kind.name else self.kind.name
         report = self._report(packed.format, packed.nbytes, error, exact)

@@ -1,4 +1,4 @@
-"""`lacewing bench`: decode and prefill rates of a model, and the kernels one by one."""
+"""`lacewing bench`: rates of a model, the kernels one by one, a PyTorch model beside itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lacewing.cli.tune import Crossing
 
 app = typer.Typer(
-    help="Measure decode, prefill or the kernels on this machine.", no_args_is_help=True
+    help="Measure decode, prefill, the kernels or a PyTorch model on this machine.",
+    no_args_is_help=True,
 )
 
 Model = Annotated[str | None, typer.Argument(help="Default: the demo model, where installed.")]
@@ -123,6 +124,37 @@ def kernels(
         memory.cold_bytes(),
     )
     _measure_kernels(plan, rivals, svg, as_json)
+
+
+@app.command(name="torch")
+def pytorch(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face directory, or `module:function` of your own.")
+    ],
+    format: Annotated[str, typer.Option("--format", help="Format of the layers.")] = "w8a8g64",
+    sparsity: Annotated[
+        float | None, typer.Option(min=0, max=0.99, help="Share of weights to drop first.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only layers of this pattern; repeat it.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No layers of this pattern; repeat it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the dense model: bf16, f32 or f16.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences, or images.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the input, per sequence.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=0, help="To generate.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """A PyTorch model against itself with its linear layers replaced, in turn."""
+    from lacewing.cli import dropin
+
+    options = {"include": include, "exclude": exclude or ()}
+    work = {"batch": batch, "tokens": tokens, "new_tokens": new_tokens}
+    dropin.measure(model, format, sparsity, options, dtype, work, rounds, threads, as_json)
 
 
 def _measure_kernels(plan: Plan, wanted: bool, svg: Path | None, as_json: bool) -> None:

@@ -1,0 +1,80 @@
+"""Packed weights that wait in a temporary file until all of them are made.
+
+Until then the dense model must stay whole, or an error could not leave it as it was; and both at
+once would be more memory than the model. Pages of a file that are only read can be dropped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lacewing.formats import PackedTensor
+from lacewing.formats.base import Array, aligned_empty
+
+__all__ = ["Spill", "in_memory"]
+
+
+class Spill:
+    """The file; it has no name and is gone when nothing reads it any more. Where it cannot be
+    written (no room, no such place) weights stay in memory."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._file: Any = None
+        with suppress(OSError):
+            self._file = tempfile.TemporaryFile(prefix="lacewing-", buffering=0)
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, packed: PackedTensor) -> PackedTensor:
+        """`packed`, its parts mapped from the file."""
+        try:
+            parts = {name: self._keep(part) for name, part in packed.parts.items()}
+        except OSError:
+            return packed
+        return PackedTensor(packed.format, packed.shape, parts)
+
+    def _keep(self, part: Array) -> Array:
+        if self._file is None or part.nbytes == 0:
+            return part
+        begin = -(-self._size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._file.seek(begin)
+        rest = memoryview(part).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._size = begin + part.nbytes
+        view = mmap.mmap(self._file.fileno(), part.nbytes, access=mmap.ACCESS_COPY, offset=begin)
+        out: Array = np.frombuffer(view, part.dtype).reshape(part.shape)
+        return out
+
+
+def in_memory(packed: PackedTensor) -> PackedTensor:
+    """A copy of `packed` in memory of its own; `packed` itself where there is none left."""
+    try:
+        parts = {name: _copy(part) for name, part in packed.parts.items()}
+    except MemoryError:
+        return packed
+    return PackedTensor(packed.format, packed.shape, parts)
+
+
+def _copy(part: Array) -> Array:
+    out = aligned_empty(part.shape, part.dtype)
+    out[...] = part
+    return out
