@@ -204,7 +204,7 @@ def _put_in_place(plan: Plan, made: Sequence[_Made], changes: Sequence[Change]) 
             module._parameters.pop(name, None)
             module._modules[name] = each.built[0]
     for owner, attribute, value, _ in changes:
-        vars(owner)[attribute] = value
+        owner.__dict__[attribute] = value
 
 
 def _settle(made: Sequence[_Made]) -> None:
