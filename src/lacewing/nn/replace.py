@@ -78,7 +78,7 @@ def replace_linear(
     """
     threads = native.check_threads(threads) or None
     plan = make_plan(model, format, sparsity, include, exclude, per_layer or {}, checkpoint)
-    target = _machine(machine)
+    target = target_machine(machine)
     with Spill() as spill, packing_threads(threads) as pool:
         made = list(_pack(plan, sparsity, target, pool, spill, progress))
     changes = _changes(model, plan)
@@ -91,7 +91,7 @@ def replace_linear(
     return Report(layers, notes)
 
 
-def _machine(machine: str | None) -> str:
+def target_machine(machine: str | None) -> str:
     if machine not in (None, *MACHINES):
         raise FormatError(f"`machine` must be one of {', '.join(MACHINES)}, got {machine!r}")
     native.check_isa()

@@ -2,10 +2,11 @@
 
     {"quant_method": "lacewing", "version": 1,
      "format", "sparsity", "include", "exclude", "per_layer"      what was asked for
-     "layers": {"<module>": {"format": "w4a8g64", "shape": [n, k]}}}
+     "layers": {"<name>": {"format": "w4a8g64", "shape": [n, k]}}}
 
-`layers` says what is packed, once it is. An entry has a `dtype` where the weight it stands for has
-another one than the model. Other keys are left alone.
+`layers` says what is packed, once it is: modules, and parameters that are stacks of experts
+`[experts, n, k]`. An entry has a `dtype` where the weight that it stands for has another one than
+the model. Other keys are left alone.
 """
 
 from __future__ import annotations
@@ -73,14 +74,20 @@ class LacewingConfig(QuantizationConfigMixin):
         config.layers = config_dict.get("layers")
         return (config, kwargs) if return_unused_kwargs else config
 
-    def record(self, layers: Mapping[str, Any], dtype: torch.dtype) -> None:
-        """Lists the packed `layers` of a model that is otherwise in `dtype`."""
+    def record(self, weights: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Lists the packed weights of a model that is otherwise in `dtype`."""
         self.layers = {}
-        for name, layer in layers.items():
-            shape = [layer.out_features, layer.in_features]
-            self.layers[name] = {"format": layer.format, "shape": shape}
-            if layer.dtype != dtype:
-                self.layers[name]["dtype"] = str(layer.dtype).removeprefix("torch.")
+        for name, weight in weights.items():
+            entry: dict[str, Any] = {"format": weight.format, "shape": _shape(weight)}
+            if weight.dtype != dtype:
+                entry["dtype"] = str(weight.dtype).removeprefix("torch.")
+            self.layers[name.removesuffix(".weight")] = entry
+
+
+def _shape(weight: Any) -> list[int]:
+    """[n, k] of a layer, [experts, n, k] of a stack."""
+    stack = getattr(weight, "matrix_shape", None)
+    return [len(weight), *stack] if stack else [weight.out_features, weight.in_features]
 
 
 # -- config.json, which anybody may have written --------------------------------------------------
@@ -128,7 +135,7 @@ def _check_layer(key: str, entry: Any) -> None:
     _check_format(key, entry.get("format"))
     shape = entry.get("shape")
     whole = isinstance(shape, list) and all(type(i) is int and 0 < i < 1 << 31 for i in shape)
-    if not whole or len(shape) != 2:
-        damaged(f"{key}.shape", "[n, k]", shape)
+    if not whole or len(shape) not in (2, 3):
+        damaged(f"{key}.shape", "[n, k] or [experts, n, k]", shape)
     if entry.get("dtype") not in (None, *_DTYPES):
         damaged(f"{key}.dtype", f"one of {', '.join(_DTYPES)}", entry["dtype"])

@@ -1,30 +1,23 @@
-"""What transformers calls while it loads and saves a model of ours.
+"""What transformers calls while it loads and saves a model with packed layers.
 
-Packing while loading: the skeleton keeps its dense layers, on the device meta; transformers hands
+Packing while loading: the skeleton keeps its dense layers, on the meta device; transformers hands
 over one weight at a time, which is packed and dropped, and in the end the layers are exchanged.
 
-Loading what is packed: the dense layers of the skeleton make way for a `_Slot` with the parts'
-names, transformers fills it in its own way (shards, prefixes, renamed tensors), and in the end it
-becomes a layer. A dense weight never exists.
-
-A saved model holds, for every packed layer, `<name>.weight.<part>`, and `<name>.weight`: a single
-NaN of three dimensions. It fits no weight, so that whoever takes the directory for a dense model
-fails: transformers without Lacewing would else leave out what it does not know, and begin with
-random weights.
+Loading what is packed: the weights of the skeleton make way for the parts of their formats,
+transformers fills them in its own way (shards, prefixes, tensors it has renamed), and in the end
+the layers are made of them. A dense weight never exists.
 """
 
 from __future__ import annotations
 
 import copy
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -32,14 +25,32 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from lacewing.checkpoint.packing import Job, packing_threads
 from lacewing.checkpoint.safetensors import read_safetensors
-from lacewing.errors import CheckpointError, FormatError, LacewingError, RequestError
-from lacewing.formats import PackedTensor, get_format, pack
-from lacewing.formats.base import aligned_empty
-from lacewing.nn.huggingface.config import METHOD, LacewingConfig, damaged
+from lacewing.errors import CheckpointError, LacewingError, RequestError
+from lacewing.formats import PackedTensor, get_format
+from lacewing.nn.candidates import Candidate
+from lacewing.nn.huggingface.config import METHOD, LacewingConfig
+from lacewing.nn.huggingface.stored import (
+    Parts,
+    Room,
+    is_loaded,
+    make_room,
+    parameter_of,
+    put,
+    stored,
+    tensors_of,
+)
 from lacewing.nn.linear import Linear
+from lacewing.nn.matrices import DenseMatrix
+from lacewing.nn.plan import Layer, choose_layers
+from lacewing.nn.replace import target_machine
+from lacewing.nn.ties import experts_changes, tie_changes
 
-__all__ = ["LacewingQuantizer", "register"]
+__all__ = ["LacewingQuantizer", "attach", "register"]
+
+HEAD_FORMAT = "w8a8g32"
+"""Of the output head where the format is no float format, as in `checkpoint.convert`."""
 
 
 def register() -> None:
@@ -49,20 +60,32 @@ def register() -> None:
         register_quantizer(METHOD)(LacewingQuantizer)
 
 
+def attach(model: Any) -> None:
+    """Lets `save_pretrained` of a model whose layers have been replaced write what `from_pretrained`
+    reads. A model that has a quantizer of another kind keeps it."""
+    if getattr(model, "hf_quantizer", None) is None:
+        formats = Counter(weight.format for weight in stored(model).values())
+        format = formats.most_common(1)[0][0] if formats else "w4a8g64"
+        model.hf_quantizer = LacewingQuantizer(LacewingConfig(format), pre_quantized=False)
+        model.is_quantized = True
+        model.quantization_method = METHOD
+    if isinstance(model.hf_quantizer, LacewingQuantizer):
+        model.hf_quantizer.record(model)
+
+
 class LacewingQuantizer(HfQuantizer):
     """See the top of this file. The names are transformers'."""
 
     quantization_config: LacewingConfig
     requires_calibration = False
-    is_trainable = True  # as far as there is something to train: adapters on top
+    is_trainable = True  # adapters on top of the packed layers
     is_compileable = True
 
     def __init__(self, quantization_config: LacewingConfig, **kwargs: Any) -> None:
         # A copy: the list of layers is one model's, and the caller may load several.
         super().__init__(copy.copy(quantization_config), **kwargs)
-        self.plan: dict[str, str] = {}
-        self.packed: dict[str, tuple[PackedTensor, torch.dtype]] = {}
-        self.error: LacewingError | None = None
+        self._packing = _Packing(self.quantization_config)
+        self._rooms: list[Room] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -82,173 +105,170 @@ class LacewingQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
-            self.plan = choose(model, self.quantization_config)
+            self._packing.choose(model)
             return
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 read_safetensors(Path(file))  # whole and consistent, before anything is made of it
-        layers = _layers_of(model, self.quantization_config)
-        for name, entry in layers.items():
-            model.set_submodule(name, _Slot(model.get_submodule(name), entry))
-        _untie(model, layers)
-        _expect_marks(model, layers)
+        self._rooms = make_room(model, self.quantization_config)
+        _forget(model, [room.layer for room in self._rooms], [room.name for room in self._rooms])
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        module, _, name = param_name.rpartition(".")
         if not self.pre_quantized:
-            return name == "weight" and module in self.plan
-        # Of a part, it means that transformers need not check the shape: the format does.
-        return isinstance(model.get_submodule(module), _Parts)
+            return param_name in self._packing.wanted
+        # Of a part it means that transformers need not check the shape: its format does.
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), Parts)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Pack(self)
-
-    def take(self, model: Any, name: str, weight: torch.Tensor) -> None:
-        """Packs the dense weight of the module `name`. An error is kept for the end: transformers
-        would make its own of it."""
-        module = model.get_submodule(name)
-        if weight.shape != module.weight.shape:
-            wanted, got = list(module.weight.shape), list(weight.shape)
-            self.error = self.error or CheckpointError(
-                f"`{name}.weight`: needs {wanted} by config.json, got {got}",
-                hint="the checkpoint is another model's",
-            )
-        if self.error is not None:
-            return
-        matrix = weight.T if isinstance(module, Conv1D) else weight
-        try:
-            packed = pack(matrix, self.plan[name], self._sparsity(model, module))
-        except FormatError as error:
-            self.error = FormatError(f"`{name}.weight`: {error}", hint=error.hint)
-            return
-        self.packed[name] = packed, weight.dtype
-
-    def _sparsity(self, model: Any, module: Any) -> float | None:
-        head = model.get_output_embeddings()
-        return None if module is head else self.quantization_config.sparsity
+        return self._packing
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.pre_quantized:
-            for name, slot in list(model.named_modules()):
-                if isinstance(slot, _Slot):
-                    model.set_submodule(name, slot.layer(name, model.dtype))
-        else:
-            self._exchange(model)
-        self._record(model)
+        for room in self._rooms:
+            room.fill()
+        self._rooms = []
+        self._packing.finish(model)
+        self.record(model)
         return model
-
-    def _exchange(self, model: Any) -> None:
-        for name in self.plan:
-            weight = model.get_submodule(name).weight
-            if name not in self.packed and _is_loaded(weight):  # a tied one, or merged from several
-                self.take(model, name, weight)
-        if self.error is not None:
-            raise self.error
-        for name, (packed, dtype) in self.packed.items():
-            model.set_submodule(name, Linear(packed, model.get_submodule(name).bias, dtype=dtype))
-        _untie(model, self.packed)
-        self.packed.clear()
 
     # -- saving -----------------------------------------------------------------------------------
 
-    def _record(self, model: Any) -> dict[str, Linear]:
-        layers = {
-            name: module for name, module in model.named_modules() if isinstance(module, Linear)
-        }
-        self.quantization_config.record(layers, model.dtype)
+    def record(self, model: Any) -> None:
+        """Writes into the model's config what is packed."""
+        self.quantization_config.record(stored(model), model.dtype)
         model.config.quantization_config = self.quantization_config
-        return layers
 
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        layers = self._record(model)
-        tensors = model.state_dict()
-        for name, layer in layers.items():
-            tensors[f"{name}.weight"] = torch.full((1, 1, 1), torch.nan, dtype=layer.dtype)
-        return tensors, {}
+        self.record(model)
+        _keep_names(model, stored(model))
+        return tensors_of(model), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, weight in stored(model).items():
+            if not isinstance(weight, Linear) or name.removesuffix(".weight") == name:
+                raise RequestError(f"`{name}`: only linear layers can be made dense again")
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 model.set_submodule(name, _dense(module, dtype or module.dtype))
         return model
 
 
-class _Pack(ConversionOps):
-    """Takes a weight from transformers as soon as it is read."""
+class _Packing(ConversionOps):
+    """Takes weights from transformers as soon as they are read, and packs them."""
 
-    def __init__(self, quantizer: LacewingQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, config: LacewingConfig) -> None:
+        self.config = config
+        self.wanted: dict[str, tuple[Layer, str, float | None]] = {}
+        """Name of a dense weight -> its layer, format and sparsity."""
+        self.packed: dict[str, list[PackedTensor]] = {}
+        self.error: LacewingError | None = None
+
+    def choose(self, model: Any) -> None:
+        config, per_layer = self.config, dict(self.config.per_layer or {})
+        head = _head(model) if get_format(config.format).group_size else None
+        if head is not None:
+            per_layer.setdefault(head, HEAD_FORMAT)
+        own_head = head is not None and head not in (config.per_layer or {})
+        chosen, _ = choose_layers(
+            model, config.format, config.sparsity, config.include, config.exclude or (), per_layer
+        )
+        for layer, format in chosen:
+            key = parameter_of(layer)
+            if key is not None:
+                is_stack = layer.found.parameter is not None  # type: ignore[union-attr]
+                name = layer.names[0] if is_stack else f"{layer.names[0]}.{key}"
+                dense_head = own_head and layer.names[0] == head
+                self.wanted[name] = layer, format, None if dense_head else config.sparsity
 
     def convert(
         self, input_dict: dict[str, Any], *args: Any, model: Any, missing_keys: Any, **kwargs: Any
     ) -> dict[str, Any]:
         left = {}
-        for key, value in input_dict.items():
+        for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if not self.quantizer.param_needs_quantization(model, key):
-                left[key] = tensor
+            if name not in self.wanted:
+                left[name] = tensor
                 continue
-            self.quantizer.take(model, key.removesuffix(".weight"), tensor)
-            missing_keys.discard(key)
-            model.get_parameter(key)._is_hf_initialized = True  # stays on the device meta
+            self._take(name, tensor, model.get_parameter(name))
+            missing_keys.discard(name)
+            model.get_parameter(name)._is_hf_initialized = True  # and stays on the meta device
         return left
 
+    def _take(self, name: str, weight: torch.Tensor, place: torch.Tensor) -> None:
+        """An error is kept for the end: transformers would make one of its own of it."""
+        if weight.shape != place.shape:
+            wanted, got = list(place.shape), list(weight.shape)
+            self.error = self.error or CheckpointError(
+                f"`{name}`: needs {wanted} by config.json, got {got}",
+                hint="the checkpoint is another model's",
+            )
+        if self.error is None:
+            try:
+                self.packed[name] = self._pack(name, weight)
+            except LacewingError as error:
+                self.error = error
 
-def _is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether transformers has read it from the checkpoint (else it has made it up)."""
-    return getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+    def _pack(self, name: str, weight: torch.Tensor) -> list[PackedTensor]:
+        layer, format, sparsity = self.wanted[name]
+        assert isinstance(layer.found, Candidate)
+        machine, kind = target_machine(None), get_format(format)
+        with packing_threads(None) as pool:
+            views = [matrix.cut.of(weight.detach()) for matrix in layer.found.matrices]
+            jobs = (Job(pool, DenseMatrix(name, v), kind, sparsity, machine) for v in views)
+            packed: list[Any] = [job.result()[1] for job in jobs]
+        return list(layer.found.assemble(packed))
 
-
-class _Parts(torch.nn.Module):
-    """Buffers without a size, named as the parts of a format."""
-
-    def __init__(self, format: str) -> None:
-        super().__init__()
-        for part, dtype in get_format(format).part_dtypes.items():
-            kind = torch.from_numpy(np.empty(0, dtype)).dtype
-            self.register_buffer(part, torch.empty(0, dtype=kind, device="meta"))
-
-
-class _Slot(torch.nn.Module):
-    """Stands for a packed layer in a skeleton: its tensors have the names that a file gives them."""
-
-    def __init__(self, dense: torch.nn.Module, entry: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.entry = entry
-        self.weight = _Parts(entry["format"])
-        self.bias = dense.bias
-
-    def layer(self, name: str, dtype: torch.dtype) -> Linear:
-        """The layer itself; `dtype` is the model's. Raises CheckpointError."""
-        format, shape = self.entry["format"], tuple(self.entry["shape"])
-        needed = {f"weight.{part}": tensor for part, tensor in self.weight.named_buffers()}
-        for key, tensor in {**needed, "bias": self.bias}.items():
-            if tensor is not None and not _is_loaded(tensor):
-                raise CheckpointError(
-                    f"`{name}.{key}`: needed by config.json, and not in the checkpoint",
-                    hint="the directory is damaged: save the model again",
-                )
-        dtypes = get_format(format).part_dtypes
-        parts = {part: _aligned(t, dtypes[part]) for part, t in self.weight.named_buffers()}
-        try:
-            packed = PackedTensor(format, shape, parts)
-            get_format(format).validate(packed)
-            own = getattr(torch, self.entry.get("dtype", ""), dtype)
-            return Linear(packed, self.bias, dtype=own)
-        except FormatError as error:
-            raise CheckpointError(f"`{name}.weight`: {error}", hint=error.hint) from error
+    def finish(self, model: Any) -> None:
+        """Exchanges the layers."""
+        for name in self.wanted.keys() - self.packed.keys():
+            weight = model.get_parameter(name)
+            if is_loaded(weight):  # tied to another, or made of several tensors
+                self._take(name, weight, weight)
+        if self.error is not None:
+            raise self.error
+        layers = {name: self.wanted[name][0] for name in self.packed}
+        _forget(model, layers.values(), layers)
+        for name, layer in layers.items():
+            assert isinstance(layer.found, Candidate)
+            put(layer, layer.found.build(self.packed.pop(name))[0])
+        self.wanted.clear()
 
 
-def _aligned(tensor: torch.Tensor, dtype: np.dtype[Any]) -> Any:
-    """A copy on a 64-byte boundary, which the safetensors of transformers do not keep."""
-    array = tensor.numpy()
-    # What belongs to a module that it keeps in f32, transformers has converted; this was exact.
-    widened = array.dtype == np.float32 and dtype.itemsize <= 2
-    out = aligned_empty(array.shape, dtype if widened else array.dtype)
-    out[...] = array
-    return out
+def _head(model: Any) -> str | None:
+    """The output head's name."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _forget(model: Any, layers: Iterable[Layer], weights: Iterable[str]) -> None:
+    """What else speaks of the dense weights."""
+    stacks = [layer.module for layer in layers if getattr(layer.found, "parameter", None)]
+    changes = [*tie_changes(model, set(weights)), *experts_changes(stacks)]
+    for owner, attribute, value, _ in changes:
+        setattr(owner, attribute, value)
+
+
+def _keep_names(model: Any, weights: Iterable[str]) -> None:
+    """Packed weights are not split and joined again as dense ones of the model's first checkpoint
+    were: they are saved under the names that the model has for them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    kept = [c for c in conversions if not _joins(c, weights)]
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
+
+
+def _joins(conversion: Any, weights: Iterable[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(name)[1] is not None for name in weights)
 
 
 def _dense(layer: Linear, dtype: torch.dtype) -> torch.nn.Linear:
@@ -258,74 +278,3 @@ def _dense(layer: Linear, dtype: torch.dtype) -> torch.nn.Linear:
     if layer.bias is not None:
         dense.bias = torch.nn.Parameter(layer.bias.detach().to(dtype))
     return dense.train(layer.training)
-
-
-# -- which layers ---------------------------------------------------------------------------------
-
-
-def _layers_of(model: Any, config: LacewingConfig) -> dict[str, dict[str, Any]]:
-    """The layers that config.json says are packed, by their names in this model. Those of a head
-    that the model does not have are left out. Raises CheckpointError if they do not fit."""
-    if config.layers is None:
-        damaged(".layers", "the packed layers", None)
-    found = {}
-    for name, entry in config.layers.items():
-        own = _own_name(model, name)
-        if own is not None:
-            shape = _shape(model.get_submodule(own))
-            if shape != entry["shape"]:
-                damaged(f".layers.{name}", f"the shape {shape} of the model", entry["shape"])
-            found[own] = entry
-        elif name.startswith(f"{model.base_model_prefix}."):
-            damaged(f".layers.{name}", "a linear layer of the model", "none of that name")
-    if config.layers and not found:
-        damaged(".layers", "layers of the model", f"none of {next(iter(config.layers))}, ..")
-    return found
-
-
-def _own_name(model: Any, name: str) -> str | None:
-    """A model with a head has the base model's layers behind a prefix."""
-    prefix = f"{model.base_model_prefix}."
-    for own in (name, prefix + name, name.removeprefix(prefix)):
-        try:
-            if _shape(model.get_submodule(own)) is not None:
-                return own
-        except AttributeError:
-            continue
-    return None
-
-
-def _shape(module: torch.nn.Module) -> list[int] | None:
-    """[n, k] of a linear layer; None for another module."""
-    if isinstance(module, Conv1D):
-        return [module.weight.shape[1], module.weight.shape[0]]
-    return list(module.weight.shape) if isinstance(module, torch.nn.Linear) else None
-
-
-def _untie(model: Any, packed: Iterable[str]) -> None:
-    """A packed head no longer shares the embedding's weight."""
-    weights = {f"{name}.weight" for name in packed}
-    tied = model.all_tied_weights_keys
-    for target in [t for t, source in tied.items() if t in weights or source in weights]:
-        del tied[target]
-
-
-def _expect_marks(model: Any, packed: Iterable[str]) -> None:
-    """transformers is not to report `<name>.weight`, which only others are meant to see."""
-    prefix = f"{model.base_model_prefix}."
-    names = "|".join(re.escape(name.removeprefix(prefix)) for name in packed)
-    known = model._keys_to_ignore_on_load_unexpected
-    patterns = [*(known or ()), rf"(^|\.)({names})\.weight$"]
-    model._keys_to_ignore_on_load_unexpected = set(patterns) if isinstance(known, set) else patterns
-
-
-def choose(model: Any, config: LacewingConfig) -> dict[str, str]:
-    out = {}
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if type(module) in (torch.nn.Linear, Conv1D):
-            out[name] = _HEAD if module is head and not config.format.startswith("bf16") else config.format
-    return out
-
-
-_HEAD = "w8a8g32"
