@@ -13,7 +13,7 @@ from typing import Any
 
 from lacewing.errors import LacewingError
 
-__all__ = ["register_with_transformers"]
+__all__ = ["attach_to_transformers", "register_with_transformers"]
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -25,6 +25,18 @@ def register_with_transformers() -> None:
         _register()
     else:
         sys.meta_path.insert(0, _OnImport())
+
+
+def attach_to_transformers(model: Any) -> None:
+    """A model of transformers, or the one inside, that has packed layers now: its `save_pretrained`
+    is to say so. Without that, loading what it has saved would begin with random weights."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None:
+        return
+    own = next((m for m in model.modules() if isinstance(m, library.PreTrainedModel)), None)
+    if own is not None:
+        with suppress(LacewingError):
+            importlib.import_module("lacewing.nn.huggingface.quantizer").attach(own)
 
 
 def _register() -> None:

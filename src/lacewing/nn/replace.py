@@ -26,6 +26,7 @@ from lacewing.errors import FormatError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built
 from lacewing.nn.plan import Plan, Site, make_plan
+from lacewing.nn.registration import attach_to_transformers
 from lacewing.nn.report import LayerReport, Report
 from lacewing.nn.spill import Spill, in_memory
 from lacewing.nn.ties import Change, experts_changes, tie_changes
@@ -87,6 +88,8 @@ def replace_linear(
         _put_in_place(plan, made, changes)
         del plan  # and with it the dense weights
         _settle(made)
+    if made:
+        attach_to_transformers(model)
     notes = tuple(note for *_, note in changes if note)
     return Report(layers, notes)
 

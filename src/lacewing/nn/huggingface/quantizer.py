@@ -62,15 +62,13 @@ def register() -> None:
 
 def attach(model: Any) -> None:
     """Lets `save_pretrained` of a model whose layers have been replaced write what `from_pretrained`
-    reads. A model that has a quantizer of another kind keeps it."""
+    reads. A model that has a quantizer already keeps it."""
     if getattr(model, "hf_quantizer", None) is None:
-        formats = Counter(weight.format for weight in stored(model).values())
-        format = formats.most_common(1)[0][0] if formats else "w4a8g64"
-        model.hf_quantizer = LacewingQuantizer(LacewingConfig(format), pre_quantized=False)
+        formats = Counter(m.format for m in model.modules() if isinstance(m, Linear))
+        config = LacewingConfig(*(format for format, _ in formats.most_common(1)))
+        model.hf_quantizer = LacewingQuantizer(config, pre_quantized=False)
         model.is_quantized = True
         model.quantization_method = METHOD
-    if isinstance(model.hf_quantizer, LacewingQuantizer):
-        model.hf_quantizer.record(model)
 
 
 class LacewingQuantizer(HfQuantizer):
