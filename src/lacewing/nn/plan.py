@@ -108,6 +108,8 @@ def choose_layers(
     Raises RequestError or FormatError for arguments that do not fit each other or the model.
     """
     wanted = None if include is None else patterns("include", include)
+    if wanted == []:
+        raise RequestError("`include` is empty: no layer would be replaced")
     unwanted = patterns("exclude", exclude)
     formats = [(Pattern("per_layer", key), value) for key, value in per_layer.items()]
     for name in {format, *(value for _, value in formats if value is not None)}:

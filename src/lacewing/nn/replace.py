@@ -21,7 +21,8 @@ from torch.nn import Module
 
 from lacewing import native
 from lacewing.checkpoint.breakeven import MACHINES
-from lacewing.checkpoint.packing import AHEAD, Job, packing_threads, uninterrupted
+from lacewing.checkpoint.interrupts import uninterrupted
+from lacewing.checkpoint.packing import AHEAD, Job, packing_threads
 from lacewing.errors import FormatError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built

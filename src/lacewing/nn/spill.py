@@ -55,7 +55,7 @@ class Spill:
             return part
         begin = -(-self._size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file.seek(begin)
-        rest = memoryview(part.reshape(-1).view(np.uint8))
+        rest = part.reshape(-1).view(np.uint8).data
         while rest:
             rest = rest[self._file.write(rest) :]
         self._size = begin + part.nbytes

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
 
-from lacewing import checkpoint as files
-from lacewing.checkpoint import SourceTensor
-from lacewing.errors import CheckpointError
+from lacewing.checkpoint import SourceTensor, open_source, open_weights
+from lacewing.checkpoint.manifest import MANIFEST
+from lacewing.errors import CheckpointError, RequestError
 from lacewing.nn.candidates import Candidate
 from lacewing.nn.matrices import DenseMatrix, Matrix, cut_tensor
 
@@ -32,7 +34,7 @@ class Weights:
         self._tied: dict[int, list[str]] = {}
         self._change: tuple[str, str] | None = None
         if path is not None:
-            self._tensors = files.open_weights(path)
+            self._tensors = _open(path)
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 self._tied.setdefault(id(parameter), []).append(_plain(name))
 
@@ -86,6 +88,15 @@ class Weights:
                 return name[: -len(shorter)], ""
         longer = [each for each in self._tensors if each.endswith("." + name)]
         return ("", longer[0][: -len(name)]) if len(longer) == 1 else None
+
+
+def _open(path: Any) -> Mapping[str, SourceTensor]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise RequestError(f"`checkpoint` must be the path of a model, got {path!r}")
+    place = Path(path)
+    if place.is_dir() and not (place / MANIFEST).exists():
+        return open_weights(place)
+    return open_source(place).tensors
 
 
 def _plain(name: str) -> str:
