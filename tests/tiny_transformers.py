@@ -7,6 +7,7 @@ weight: what the model has to compute, to the bit, in integer formats.
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from typing import Any
 
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what transformers finds and imports
     transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
-    import transformers.quantizers.auto
+    importlib.import_module("transformers.quantizers.auto")
 
 from lacewing.formats import get_format  # noqa: E402
 from lacewing.nn import Linear  # noqa: E402
@@ -70,8 +71,19 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "t5": ("T5ForConditionalGeneration", "T5Config", _ENCODER_DECODER),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **_DECODER,
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
-ARCHITECTURES = tuple(_MODELS)
+ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "t5")
 
 
 def tiny(architecture: str, seed: int = 0, **options: Any) -> Any:
@@ -82,6 +94,15 @@ def tiny(architecture: str, seed: int = 0, **options: Any) -> Any:
     for parameter in made.parameters():  # what transformers begins with is nearly linear
         parameter.data.mul_(3) if parameter.ndim > 1 else parameter.data.add_(0.1)
     return made.eval()
+
+
+def reload(path: Any, **options: Any) -> Any:
+    """Of whatever architecture."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    auto = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    return auto.from_pretrained(path, **options)
 
 
 def prompt(rows: int = 1, length: int = 7, seed: int = 3) -> Any:

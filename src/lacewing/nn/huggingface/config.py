@@ -18,7 +18,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lacewing.checkpoint.files import fail, shown
-from lacewing.errors import FormatError
+from lacewing.errors import FormatError, RequestError
 from lacewing.formats import get_format
 
 __all__ = ["METHOD", "LacewingConfig", "damaged"]
@@ -36,7 +36,8 @@ class LacewingConfig(QuantizationConfigMixin):
     becomes w8a8g32 without pruning, as in `lacewing compress`, unless `format` is a float format or
     `per_layer` names the head.
 
-    Raises FormatError for an unknown format and a sparsity out of range.
+    Patterns are strings. Raises FormatError for an unknown format and a sparsity out of range,
+    RequestError for patterns of another kind.
     """
 
     layers: dict[str, dict[str, Any]] | None
@@ -46,20 +47,21 @@ class LacewingConfig(QuantizationConfigMixin):
         format: str = "w4a8g64",
         *,
         sparsity: float | None = None,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
         per_layer: Mapping[str, str | None] | None = None,
     ) -> None:
         get_format(format)
         if sparsity is not None and not 0 <= sparsity < 1:
             raise FormatError(f"sparsity must be in [0, 1), got {sparsity}")
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.version = VERSION
         self.format = format
         self.sparsity = sparsity
-        self.include = None if include is None else list(include)
-        self.exclude = None if exclude is None else list(exclude)
+        self.include = _names("include", include)
+        self.exclude = _names("exclude", exclude)
         self.per_layer = None if per_layer is None else dict(per_layer)
+        _names("per_layer", self.per_layer)
         self.layers = None
 
     @classmethod
@@ -82,6 +84,18 @@ class LacewingConfig(QuantizationConfigMixin):
             if weight.dtype != dtype:
                 entry["dtype"] = str(weight.dtype).removeprefix("torch.")
             self.layers[name.removesuffix(".weight")] = entry
+
+
+def _names(where: str, patterns: str | Iterable[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    names = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not _are_text(names):
+        raise RequestError(
+            f"`{where}`: needs names, globs or `re:...`, which a config.json can hold, got {names}",
+            hint="for classes of layers there is lacewing.replace_linear",
+        )
+    return names
 
 
 def _shape(weight: Any) -> list[int]:
@@ -134,8 +148,11 @@ def _check_layer(key: str, entry: Any) -> None:
         damaged(key, "format and shape", entry)
     _check_format(key, entry.get("format"))
     shape = entry.get("shape")
-    whole = isinstance(shape, list) and all(type(i) is int and 0 < i < 1 << 31 for i in shape)
-    if not whole or len(shape) not in (2, 3):
+    if (
+        not isinstance(shape, list)
+        or len(shape) not in (2, 3)
+        or not all(type(i) is int and 0 < i < 1 << 31 for i in shape)
+    ):
         damaged(f"{key}.shape", "[n, k] or [experts, n, k]", shape)
     if entry.get("dtype") not in (None, *_DTYPES):
         damaged(f"{key}.dtype", f"one of {', '.join(_DTYPES)}", entry["dtype"])

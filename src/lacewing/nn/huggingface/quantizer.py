@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def attach(model: Any) -> None:
-    """Lets `save_pretrained` of a model whose layers have been replaced write what `from_pretrained`
+    """Lets `save_pretrained` of a model with replaced layers write what `from_pretrained`
     reads. A model that has a quantizer already keeps it."""
     if getattr(model, "hf_quantizer", None) is None:
         formats = Counter(m.format for m in model.modules() if isinstance(m, Linear))
@@ -180,17 +180,24 @@ class _Packing(ConversionOps):
                 self.wanted[name] = layer, format, None if dense_head else config.sparsity
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, model: Any, missing_keys: Any, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
     ) -> dict[str, Any]:
+        model, missing_keys = kwargs["model"], kwargs["missing_keys"]
         left = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if name not in self.wanted:
                 left[name] = tensor
                 continue
-            self._take(name, tensor, model.get_parameter(name))
+            place = model.get_parameter(name)
+            self._take(name, tensor, place)
             missing_keys.discard(name)
-            model.get_parameter(name)._is_hf_initialized = True  # and stays on the meta device
+            place.data = place.data.to(tensor.dtype)  # some layers are kept in float32
+            place._is_hf_initialized = True  # and stays on the meta device
         return left
 
     def _take(self, name: str, weight: torch.Tensor, place: torch.Tensor) -> None:
