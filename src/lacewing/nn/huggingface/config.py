@@ -21,12 +21,12 @@ from lacewing.checkpoint.files import fail, shown
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import get_format
 
-__all__ = ["METHOD", "LacewingConfig", "damaged"]
+__all__ = ["DAMAGED", "METHOD", "LacewingConfig", "damaged"]
 
 METHOD = "lacewing"
 VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16")
-_DAMAGED = "the directory is damaged: save the model again"
+DAMAGED = "the directory is damaged: save the model again"
 
 
 class LacewingConfig(QuantizationConfigMixin):
@@ -109,7 +109,7 @@ def _shape(weight: Any) -> list[int]:
 
 def damaged(key: str, requirement: str, actual: object, hint: str | None = None) -> NoReturn:
     """Raises the CheckpointError for `quantization_config<key>`."""
-    fail(f"`quantization_config{key}`", requirement, shown(actual), hint or _DAMAGED)
+    fail(f"`quantization_config{key}`", requirement, shown(actual), hint or DAMAGED)
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from lacewing.nn.huggingface.config import METHOD, LacewingConfig
 from lacewing.nn.huggingface.stored import (
     Parts,
     Room,
+    check_types,
     is_loaded,
     make_room,
     parameter_of,
@@ -105,10 +106,12 @@ class LacewingQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._packing.choose(model)
             return
-        for file in checkpoint_files or ():
-            if str(file).endswith(".safetensors"):
-                read_safetensors(Path(file))  # whole and consistent, before anything is made of it
+        # Whole and consistent, before anything is made of them.
+        paths = [Path(file) for file in checkpoint_files or ()]
+        files = [read_safetensors(path) for path in paths if path.suffix == ".safetensors"]
         self._rooms = make_room(model, self.quantization_config)
+        for file in files:
+            check_types(model, self._rooms, file)
         _forget(model, [room.layer for room in self._rooms], [room.name for room in self._rooms])
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

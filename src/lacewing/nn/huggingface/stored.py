@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch.nn import Module
 
+from lacewing.checkpoint.files import fail
+from lacewing.checkpoint.safetensors import DTYPES, SafetensorsFile
 from lacewing.errors import CheckpointError, FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
@@ -26,11 +28,21 @@ from lacewing.nn.attention import MultiheadAttention
 from lacewing.nn.candidates import Candidate
 from lacewing.nn.conv import Conv1d, Conv2d
 from lacewing.nn.experts import PackedExperts
-from lacewing.nn.huggingface.config import LacewingConfig, damaged
+from lacewing.nn.huggingface.config import DAMAGED, LacewingConfig, damaged
 from lacewing.nn.linear import Linear
 from lacewing.nn.plan import Layer, layers_of
 
-__all__ = ["Parts", "Room", "is_loaded", "make_room", "parameter_of", "put", "stored", "tensors_of"]
+__all__ = [
+    "Parts",
+    "Room",
+    "check_types",
+    "is_loaded",
+    "make_room",
+    "parameter_of",
+    "put",
+    "stored",
+    "tensors_of",
+]
 
 _CONVOLUTIONS = (Conv1d, Conv2d)
 
@@ -131,13 +143,13 @@ class Room:
             if not is_loaded(tensor):
                 raise CheckpointError(
                     f"`{key}`: needed by config.json, and not in the checkpoint",
-                    hint="the directory is damaged: save the model again",
+                    hint=DAMAGED,
                 )
         assert isinstance(self.layer.found, Candidate)
         try:
             put(self.layer, self.layer.found.build([self._packed()])[0])
         except (FormatError, IndexError, TypeError, ValueError) as error:
-            hint = getattr(error, "hint", None)
+            hint = getattr(error, "hint", None) or DAMAGED
             raise CheckpointError(f"`{self.name}`: {error}", hint=hint) from error
 
     def _packed(self) -> PackedTensor:
@@ -153,6 +165,20 @@ class Room:
         elif any(len(part) != experts[0] for key, part in parts.items() if key != "stream"):
             raise FormatError(f"needs parts of {experts[0]} experts")
         return packed
+
+
+def check_types(model: Any, rooms: Iterable[Room], file: SafetensorsFile) -> None:
+    """Raises CheckpointError for parts of another type than their format's: transformers would
+    convert them."""
+    prefix = f"{model.base_model_prefix}."
+    for room in rooms:
+        names = {room.name, prefix + room.name, room.name.removeprefix(prefix)}
+        for part, dtype in get_format(room.entry["format"]).part_dtypes.items():
+            for key in (f"{name}.{part}" for name in names):
+                found = file.tensors[key].dtype if key in file.tensors else None
+                bits = found is not None and found.startswith(("BF", "F8"))
+                if found is not None and (bits or DTYPES[found] != dtype):
+                    fail(f"{file.path}: `{key}`", f"{dtype}", found, DAMAGED)
 
 
 def _aligned(tensor: torch.Tensor, dtype: np.dtype[Any]) -> Array:
