@@ -20,7 +20,7 @@ import torch
 from torch.nn import Module
 
 from lacewing.checkpoint.files import fail
-from lacewing.checkpoint.safetensors import DTYPES, SafetensorsFile
+from lacewing.checkpoint.safetensors import NAMES, SafetensorsFile
 from lacewing.errors import CheckpointError, FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
@@ -175,10 +175,9 @@ def check_types(model: Any, rooms: Iterable[Room], file: SafetensorsFile) -> Non
         names = {room.name, prefix + room.name, room.name.removeprefix(prefix)}
         for part, dtype in get_format(room.entry["format"]).part_dtypes.items():
             for key in (f"{name}.{part}" for name in names):
-                found = file.tensors[key].dtype if key in file.tensors else None
-                bits = found is not None and found.startswith(("BF", "F8"))
-                if found is not None and (bits or DTYPES[found] != dtype):
-                    fail(f"{file.path}: `{key}`", f"{dtype}", found, DAMAGED)
+                found = file.tensors.get(key)
+                if found is not None and found.dtype != NAMES[dtype]:
+                    fail(f"{file.path}: `{key}`", NAMES[dtype], found.dtype, DAMAGED)
 
 
 def _aligned(tensor: torch.Tensor, dtype: np.dtype[Any]) -> Array:
