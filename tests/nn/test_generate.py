@@ -32,7 +32,7 @@ def generate(model: Any, tokens: Any, **options: Any) -> tuple[Any, Any]:
     made = model.generate(
         tokens,
         attention_mask=(tokens != 0).long(),
-        max_new_tokens=options.pop("max_new_tokens", 12),
+        max_new_tokens=options.pop("max_new_tokens", 6),
         return_dict_in_generate=True,
         output_scores=True,
         **options,
@@ -59,6 +59,8 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
     "beams": {"num_beams": 3, "do_sample": False},
+}
+OTHER_MODES: dict[str, dict[str, Any]] = {
     "sampled beams": {"num_beams": 2, "do_sample": True},
     "without a cache": {"do_sample": False, "use_cache": False},
     "penalties": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
@@ -71,6 +73,11 @@ def test_generation(architecture: str, mode: str) -> None:
     assert_same(architecture, padded(), **MODES[mode])
 
 
+@pytest.mark.parametrize("mode", OTHER_MODES)
+def test_other_generation(mode: str) -> None:
+    assert_same("llama", padded(), **OTHER_MODES[mode])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prompt_lookup(architecture: str) -> None:
     if architecture == "t5":
@@ -79,9 +86,15 @@ def test_prompt_lookup(architecture: str) -> None:
     assert_same(architecture, tokens, do_sample=False, prompt_lookup_num_tokens=3)
 
 
-@pytest.mark.parametrize("packed_assistant", [False, True])
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize(
+    ("architecture", "do_sample", "packed_assistant"),
+    [
+        ("llama", False, False),
+        ("llama", True, True),
+        ("gemma3", False, True),
+        ("t5", False, True),
+    ],
+)
 def test_an_assistant(architecture: str, do_sample: bool, packed_assistant: bool) -> None:
     assistant = tiny(architecture, seed=1)
     if packed_assistant:
@@ -116,11 +129,13 @@ def caches() -> dict[str, Any]:
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_caches(architecture: str, name: str) -> None:
     """The prompt of gemma3 is longer than its sliding window of 8."""
+    if "offloaded" in name and not torch.accelerator.is_available():
+        pytest.skip("transformers offloads from another device, and there is none")
     made = []
     for model in both(architecture):
         try:
             past = caches()[name](model.config)
-        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (ImportError, ValueError) as error:
             pytest.skip(f"transformers: {error}")
         made.append(generate(model, prompt(2, 11), do_sample=False, past_key_values=past))
     (ours, our_scores), (theirs, their_scores) = made
@@ -145,7 +160,7 @@ def test_a_cache_is_used_again() -> None:
             tokens, _ = generate(each, tokens, do_sample=False, past_key_values=past)
         answers.append(tokens)
     assert torch.equal(*answers)
-    whole, _ = generate(model, prompt(1), do_sample=False, max_new_tokens=36)
+    whole, _ = generate(model, prompt(1), do_sample=False, max_new_tokens=18)
     assert torch.equal(answers[0], whole)
 
 
@@ -166,20 +181,25 @@ def test_forward_is_one_graph(architecture: str, fresh: Any) -> None:
     assert torch.equal(logits(compiled, prompt(2)), logits(model, prompt(2)))
 
 
-def test_compiled_forward(fresh: Any) -> None:
-    """What inductor makes of the rest (norms, attention) rounds otherwise: activations of packed
-    layers may take the next of their 255 steps."""
-    model, _ = both("llama", num_hidden_layers=1)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
-    ours, theirs = logits(compiled, prompt(2)), logits(model, prompt(2))
-    assert (ours - theirs).abs().max() < theirs.abs().max() / 127
+def test_compiled_block(fresh: Any) -> None:
+    """What inductor makes of what lies between rounds otherwise: by float32, which may take an
+    activation to the next of its 255 steps before down_proj."""
+    model, _ = both("llama")
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = torch.compile(copy.deepcopy(block), fullgraph=True)(x), block(x)
+        between = (block.act_fn(block.gate_proj(x)) * block.up_proj(x)).abs().amax(-1) / 127
+        step = between[..., None] * block.down_proj.weight.abs().sum(-1)
+    assert ((ours - theirs).abs() <= step).all()
 
 
 def test_compiled_generation(fresh: Any) -> None:
-    model, _ = both("llama", num_hidden_layers=1)
+    """Attention in its plain form: of the others transformers takes another one where it traces."""
+    model, _ = both("llama", num_hidden_layers=1, attn_implementation="eager")
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, fullgraph=True, backend="aot_eager")
-    options = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 5}
+    options = {"cache_implementation": "static", "do_sample": False}
     ours, our_scores = generate(compiled, prompt(), **options)
     theirs, their_scores = generate(model, prompt(), **options)
     assert torch.equal(ours, theirs)
