@@ -7,6 +7,7 @@ The same tokens, and the same scores to the bit, as the twin: the model whose pa
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,15 @@ from tiny_transformers import ARCHITECTURES, logits, prompt, tiny, torch, transf
 from lacewing.nn import replace_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two for products of this size spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
@@ -168,7 +178,7 @@ def test_a_cache_is_used_again() -> None:
 
 
 @pytest.fixture
-def fresh() -> Any:
+def fresh() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
