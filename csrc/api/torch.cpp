@@ -1,5 +1,6 @@
 // `lacewing::linear`, an operator of PyTorch's: activations of any float type and strides, threads
 // of PyTorch's own (docs/adr/0007-torch.md).
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "api/check.h"
 #include "api/module.h"
 #include "api/torch_abi.h"
 #include "api/workspace.h"
@@ -331,11 +333,42 @@ std::string define_operators(const std::vector<std::string>& schemas) {
 }  // namespace lacewing::torch
 
 namespace lacewing {
+namespace {
+
+using Floats1 = Array<float, 1>;
+using Halves1 = Array<uint16_t, 1>;
+using Isa = std::optional<std::string>;
+
+Float half_type(const std::string& where, const std::string& name) {
+  require(name == "f16" || name == "bf16",
+          where + ": type must be f16 or bf16, got `" + name + "`");
+  return name == "f16" ? Float::f16 : Float::bf16;
+}
+
+nb::object widen(const Halves1& x, const std::string& type, const Isa& isa) {
+  const auto n = static_cast<int64_t>(x.shape(0));
+  Buffer<float> y(static_cast<size_t>(n));
+  table_of(isa).widen(half_type("widen", type), x.data(), n, y.data.get());
+  return nb::cast(y.numpy(n));
+}
+
+nb::object narrow(const Floats1& x, const std::string& type, const Isa& isa) {
+  const auto n = static_cast<int64_t>(x.shape(0));
+  Buffer<uint16_t> y(static_cast<size_t>(n));
+  table_of(isa).narrow(half_type("narrow", type), x.data(), n, y.data.get());
+  return nb::cast(y.numpy(n));
+}
+
+}  // namespace
 
 void register_torch(nb::module_& m) {
   m.def("define_torch_operators", &torch::define_operators, nb::arg("schemas"),
         "Defines operators `lacewing::<schema>` that are `linear` for the CPU in the PyTorch that "
         "is loaded. Returns the name of what that PyTorch lacks, or an empty string.");
+  m.def("widen", &widen, nb::arg("x"), nb::arg("type"), nb::arg("isa") = nb::none(),
+        "Bits uint16 [n] of `f16` or `bf16` values as f32 [n].");
+  m.def("narrow", &narrow, nb::arg("x"), nb::arg("type"), nb::arg("isa") = nb::none(),
+        "f32 [n] as the bits uint16 [n] of `f16` or `bf16` values, to nearest even.");
 }
 
 }  // namespace lacewing

@@ -55,6 +55,15 @@ LW_INLINE int64_t even_depth(int64_t k_pad, int64_t limit, int64_t unit) {
   return (units + count - 1) / count * unit;
 }
 
+// The outputs of a strip panel are short runs in rows far apart: stores alone would wait for every
+// line in turn.
+LW_INLINE void prefetch_outputs(const LinearArgs& a, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t kAhead = 8;
+  if (row + kAhead >= a.x->m) return;
+  const float* y = a.y + (row + kAhead) * a.ldy;
+  for (int64_t s = begin; s < end; ++s) __builtin_prefetch(y + s * kStrip, 1);
+}
+
 // ---- integers
 
 // `groups` groups of the strip at the cursor into the panel.
@@ -227,7 +236,8 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
     for (; s < end - begin; ++s)
       multiply_depth<S, F, 1>(x, t, first, count, g, groups, cursors + s, sums + s);
   }
-  for (int64_t r = 0; r < count; ++r)
+  for (int64_t r = 0; r < count; ++r) {
+    prefetch_outputs(a, first + r, begin, end);
     for (int64_t s = begin; s < end; ++s) {
       if constexpr (F::kRowScale)
         write_outputs<S>(
@@ -237,6 +247,7 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
       else
         write_outputs<S>(a, s, first + r, S::load(sums[s - begin][r]));
     }
+  }
 }
 
 // ---- floats
@@ -334,10 +345,12 @@ void gemm_tile_float(const LinearArgs& a, FloatScratch& t, int64_t first, int64_
     for (; s < end - begin; ++s)
       multiply_float_depth<S, F, 1>(x, t, first, count, i, pairs, cursors + s, s);
   }
-  for (int64_t r = 0; r < count; ++r)
+  for (int64_t r = 0; r < count; ++r) {
+    prefetch_outputs(a, first + r, begin, end);
     for (int64_t s = begin; s < end; ++s)
       write_outputs<S>(a, s, first + r,
                        S::add(S::load(t.sums[0][s - begin][r]), S::load(t.sums[1][s - begin][r])));
+  }
 }
 
 template <class S, class F>

@@ -119,3 +119,54 @@ def test_wrong_arguments(isa: str) -> None:
         _C.act_mul("silu", x, normal(2, 17), isa)
     with pytest.raises(ValueError, match=r"cos and sin must be \[2, 8\], got \[2, 7\]"):
         _C.rope(x, normal(2, 7), normal(2, 8), isa)
+
+
+# ---- floats of 16 bits
+
+
+def bf16_bits(x: Array) -> Array:
+    """To nearest even; a NaN stays one."""
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def test_widen_every_value(isa: str) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = _C.widen(bits, "bf16", isa)
+    assert (wide.view(np.uint32) == bits.astype(np.uint32) << 16).all()
+    wide, exact = _C.widen(bits, "f16", isa), bits.view(np.float16).astype(np.float32)
+    assert ((wide == exact) | (np.isnan(wide) & np.isnan(exact))).all()
+    assert (np.signbit(wide) == np.signbit(exact)).all()
+
+
+@pytest.mark.parametrize("n", [0, *SIZES])
+def test_widen_and_narrow_any_length(isa: str, n: int) -> None:
+    x = normal(n)
+    for name, bits in (("f16", x.astype(np.float16).view(np.uint16)), ("bf16", bf16_bits(x))):
+        narrow = _C.narrow(x, name, isa)
+        assert (narrow == bits).all()
+        assert (_C.narrow(_C.widen(narrow, name, isa), name, isa) == bits).all()
+
+
+def test_narrow_ties_limits_and_no_numbers(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    x[::2] = x[::2] >> 12 << 12  # halfway between two of f16, or one of them
+    x[1::4] = x[1::4] >> 15 << 15  # the same for bf16
+    floats = x.view(np.float32)
+    numbers = floats[~np.isnan(floats)]
+    with np.errstate(over="ignore"):
+        exact = numbers.astype(np.float16).view(np.uint16)
+    assert (_C.narrow(numbers, "f16", isa) == exact).all()
+    assert (_C.narrow(numbers, "bf16", isa) == bf16_bits(numbers)).all()
+    strange = floats[np.isnan(floats)]
+    for name in ("f16", "bf16"):
+        assert np.isnan(_C.widen(_C.narrow(strange, name, isa), name, isa)).all()
+
+
+def test_narrow_to_what_there_is_not(isa: str) -> None:
+    with pytest.raises(ValueError, match="type must be f16 or bf16, got `f8`"):
+        _C.narrow(np.ones(1, np.float32), "f8", isa)
+    with pytest.raises(ValueError, match="type must be f16 or bf16"):
+        _C.widen(np.ones(1, np.uint16), "f32", isa)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -203,9 +204,9 @@ def test_state_dict_copies_and_attributes() -> None:
         ),
     }
     args = inputs({})
-    other = copy.deepcopy(packed)
-    assert torch.equal(other(*args)[0], packed(*args)[0])
-    assert not other._qkv_same_embed_dim
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other(*args)[0], packed(*args)[0])
+        assert not other._qkv_same_embed_dim
     assert packed.in_proj_weight is None
     assert packed.in_proj_bias.shape == (3 * E,)
     assert packed.q_proj_weight.shape == (E, E)

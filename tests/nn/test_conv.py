@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -106,10 +107,20 @@ def test_what_is_not_1x1_stays() -> None:
     report = replace_linear(model, "w8a8g32")
     assert [layer.name for layer in report.replaced] == ["3", "4"]
     reasons = [layer.reason for layer in report.left_alone]
-    assert "3x3 convolution" in str(reasons[0])
+    assert "kernel 3x3" in str(reasons[0])
     assert "2 groups" in str(reasons[1])
     assert "padding (1, 1)" in str(reasons[2])
     assert "ConvTranspose2d is not known" in str(reasons[3])
+
+
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, *args: Any) -> torch.Tensor:
+        return 2 * super()._conv_forward(*args)
+
+
+def test_a_convolution_of_its_own_stays() -> None:
+    report = replace_linear(nn.Sequential(Doubled(8, 8, 1)), "w8a8g32")
+    assert "Doubled has a _conv_forward of its own" in str(report["0"].reason)
 
 
 def test_the_weight_reads_as_that_of_a_convolution() -> None:
@@ -129,6 +140,7 @@ def test_state_dict_and_copies() -> None:
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(x), other(x))
     assert torch.equal(model(x), copy.deepcopy(model)(x))
+    assert torch.equal(model(x), pickle.loads(pickle.dumps(model))(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 31, 3, 3), (32,), (1, 2, 32, 3, 3)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,9 @@ def test_state_dict_round_trip(format: str) -> None:
     assert not torch.equal(other.dequantized(), experts.dequantized())
     other.load_state_dict({name: part.clone() for name, part in parts.items()})
     assert torch.equal(other.dequantized(), experts.dequantized())
-    assert torch.equal(copy.deepcopy(experts)[1].dequantized(), experts[1].dequantized())
+    for other in (copy.deepcopy(experts), copy.copy(experts), pickle.loads(pickle.dumps(experts))):
+        assert torch.equal(other[1].dequantized(), experts[1].dequantized())
+        assert set(other.state_dict()) == set(parts)
 
 
 @pytest.mark.parametrize("format", ["w8a8g64", "w8a8g64_sp"])

@@ -18,10 +18,10 @@ from lacewing.nn.conv import Conv1d, Conv2d
 from lacewing.nn.experts import PackedExperts, join
 from lacewing.nn.linear import Linear
 from lacewing.nn.matrices import Cut, Matrix
+from lacewing.nn.reasons import not_pointwise, own_forward, unreadable, unreadable_any
 
 __all__ = ["WHOLE", "Built", "Candidate", "LeftAlone", "candidates_of"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PACKED = (Linear, Conv1d, Conv2d, MultiheadAttention, PackedExperts)
 WHOLE = (*_PACKED, nn.MultiheadAttention)
 """What lies inside these is part of them."""
@@ -38,13 +38,6 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
 Built = tuple[Module, list[Any]]
 """A new layer, and in it what holds each of the packed tensors."""
 
@@ -101,14 +94,14 @@ def _is_stack(module: Module) -> bool:
 
 
 def _linear(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = _unreadable_any(module) or _own_forward(module, nn.Linear)
+    reason = unreadable_any(module) or own_forward(module, nn.Linear)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     return {"": _linear_like(module, Cut(), ())}
 
 
 def _conv1d(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = _unreadable_any(module) or _own_forward(module, type(module))
+    reason = unreadable_any(module) or own_forward(module, type(module))
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     note = "a Conv1D is a Linear now: its weight is [outputs, inputs]"
@@ -128,7 +121,7 @@ def _linear_like(module: Any, cut: Cut, notes: tuple[str, ...]) -> Candidate:
 def _conv(module: Any) -> dict[str, Candidate | LeftAlone]:
     packed_class: Any = Conv1d if isinstance(module, nn.Conv1d) else Conv2d
     dense_class = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    reason = _not_pointwise(module) or _unreadable_any(module) or _own_forward(module, dense_class)
+    reason = not_pointwise(module) or unreadable_any(module) or own_forward(module, dense_class)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     matrix = Matrix("weight", module.weight)
@@ -140,28 +133,16 @@ def _conv(module: Any) -> dict[str, Candidate | LeftAlone]:
     return {"": Candidate(_lazy_shape(matrix), (matrix,), build, keeps=_biases(module))}
 
 
-def _not_pointwise(conv: Any) -> str | None:
-    size = "x".join(str(length) for length in conv.kernel_size)
-    if any(length != 1 for length in conv.kernel_size):
-        return f"a {size} convolution: only 1x1 ones are a product for every pixel"
-    if conv.groups != 1:
-        return f"a convolution in {conv.groups} groups"
-    padded = conv.padding if isinstance(conv.padding, tuple) else ()
-    if any(length != 0 for length in padded):
-        return f"a 1x1 convolution with padding {conv.padding}"
-    return None
-
-
 def _attention(module: Any) -> dict[str, Candidate | LeftAlone]:
     keys = ["in_proj_weight"]
     if not module._qkv_same_embed_dim:
         keys = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     out = module.out_proj
-    reason = _own_forward(module, nn.MultiheadAttention)
+    reason = own_forward(module, nn.MultiheadAttention)
     if reason is None and type(out).forward is not nn.Linear.forward:
         reason = f"its out_proj is a {type(out).__name__}"
     for owner, key in [*((module, key) for key in keys), (out, "weight")]:
-        reason = reason or _unreadable(owner, key)
+        reason = reason or unreadable(owner, key)
     if reason is not None:
         return {"": LeftAlone((), reason)}
     e = module.embed_dim
@@ -192,7 +173,7 @@ def _stacks(module: Any) -> dict[str, Candidate | LeftAlone]:
     for name, parameter in module._parameters.items():
         if parameter is None or _dims(parameter) != 3:
             continue
-        reason = _unreadable(module, name)
+        reason = unreadable(module, name)
         if name not in _STACK_NAMES:
             reason = "three dimensions, but not called like a projection of experts"
         if reason is not None:
@@ -251,41 +232,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
 )
 
 
-# -- what they ask --------------------------------------------------------------------------------
-
-
-def _own_forward(module: Module, dense: type[Any]) -> str | None:
-    """Why calling the module is more than what its class `dense` does."""
-    if "forward" in vars(module):
-        return "its forward has been replaced on the instance (by accelerate, or a tracer)"
-    if type(module).forward is not dense.forward:
-        return f"{type(module).__name__} has a forward of its own"
-    lazy = any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
-    if not lazy and any(getattr(module, name, None) for name in _STATE_HOOKS):
-        return "it has hooks on its state_dict"
-    return None
-
-
-def _unreadable(module: Module, name: str) -> str | None:
-    """Why the weight cannot be read as floats, or not only from the parameter of that name."""
-    weight = module._parameters.get(name)
-    if weight is None:
-        return f"its {name} is computed from others (weight_norm, pruning, parametrization)"
-    if isinstance(weight, UninitializedParameter):
-        return None  # is an error, unless the layer is excluded
-    if type(weight) is not Parameter or type(weight.data) is not torch.Tensor:
-        return f"its {name} is a {type(weight).__name__}: quantized or distributed already"
-    if weight.dtype not in FLOATS:
-        return f"its {name} is {weight.dtype}, not float32, bfloat16 or float16"
-    if weight.layout != torch.strided:
-        return f"its {name} is laid out as {weight.layout}"
-    return "it has no weights" if weight.numel() == 0 else None
-
-
-def _unreadable_any(module: Any) -> str | None:
-    """Of weight and bias."""
-    reason = _unreadable(module, "weight")
-    return reason if reason or module.bias is None else _unreadable(module, "bias")
+# -- small questions ------------------------------------------------------------------------------
 
 
 def _dims(parameter: Parameter) -> int:

@@ -178,6 +178,15 @@ class PackedExperts(Module):
         new.__dict__["_buffers"] = dict(self._buffers)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_experts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a pickle calls. Raises FormatError for bytes that are no experts."""
+        super().__setstate__(state)
+        parts = {name: buffer.numpy() for name, buffer in state["_buffers"].items()}
+        self._set_packed(PackedTensor(self.format, self.matrix_shape, parts))
+
     def extra_repr(self) -> str:
         order = ", transposed" if self.transposed else ""
         return f"{list(self.shape)}, format={self.format}{order}"

@@ -158,6 +158,7 @@ def _pack(
             known[site.key] = [spill.keep(p) for p in site.candidate.assemble(packed)], jobs
         kept, told = known[site.key]
         yield _Made(site.candidate.build(kept), kept, told, first)
+        spill.unread()  # sparse weights have been checked, byte by byte
 
 
 def _results(

@@ -107,8 +107,9 @@ class Report:
         if self.left_alone:
             yield "left alone"
             for layer in self.left_alone:
-                yield f"{_short(layer.name)}  {_dims(layer.shape)} {layer.kind}"[:_WIDTH]
-                yield from _wrapped(layer.reason or "")
+                shape = f" {_dims(layer.shape)}" if layer.shape else ""
+                text = f"{_short(layer.name)}  {layer.kind}{shape}: {layer.reason}"
+                yield from textwrap.wrap(text, _WIDTH, subsequent_indent="    ")
         for note in self.notes:
             yield from textwrap.wrap(f"note: {note}", _WIDTH)
         count = len(self.replaced)

@@ -26,6 +26,7 @@ class Spill:
 
     def __init__(self) -> None:
         self._size = 0
+        self._maps: list[mmap.mmap] = []
         self._file: Any = None
         with suppress(OSError):
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (`__exit__` closes it)
@@ -50,6 +51,12 @@ class Spill:
             return packed
         return PackedTensor(packed.format, packed.shape, parts)
 
+    def unread(self) -> None:
+        """Gives back the memory that reading what is kept has taken."""
+        for view in self._maps:
+            view.madvise(mmap.MADV_DONTNEED)
+        self._maps.clear()
+
     def _keep(self, part: Array) -> Array:
         if self._file is None or part.nbytes == 0:
             return part
@@ -60,6 +67,7 @@ class Spill:
             rest = rest[self._file.write(rest) :]
         self._size = begin + part.nbytes
         view = mmap.mmap(self._file.fileno(), part.nbytes, access=mmap.ACCESS_COPY, offset=begin)
+        self._maps.append(view)
         out: Array = np.frombuffer(view, part.dtype).reshape(part.shape)
         return out
 
