@@ -24,6 +24,7 @@ from tiny_transformers import (
 )
 
 import lacewing
+from lacewing import checkpoint
 from lacewing.checkpoint.safetensors import read_safetensors
 from lacewing.errors import FormatError, LacewingError, RequestError
 from lacewing.nn import Linear, PackedExperts, replace_linear
@@ -252,6 +253,29 @@ def test_the_names_in_the_file(dense: Any, tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert entry["quant_method"] == "lacewing" and entry["version"] == 1
     assert entry["layers"]["lm_head"] == {"format": "w8a8g32", "shape": [128, 64]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "format"),
+    [("llama", "w4a8g32"), ("llama", "w8a8g64_sp"), ("qwen3", "w8a8g64"), ("gemma3", "w4a8g64")],
+)
+def test_the_engine_reads_it(dense: Any, tmp_path: Path, architecture: str, format: str) -> None:
+    model = load(dense(architecture), format, sparsity=0.7)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    source = checkpoint.open_source(tmp_path)
+    packed = {name: value for name, value, _ in checkpoint.convert(source)}
+    assert packed.keys() == source.spec.tensor_shapes().keys()
+    tied = {"lm_head"} if model.config.tie_word_embeddings else set()
+    for name, layer in packed_layers(model).items():
+        if name in tied:  # the embedding is there, from which it came
+            continue
+        ours = packed[f"{name}.weight"]
+        assert ours.format == layer.format
+        for part, array in layer.packed.parts.items():
+            assert (ours.parts[part] == array).all() and ours.parts[part].ctypes.data % 64 == 0
+    dense_model = reload(dense(architecture))
+    replace_linear(dense_model, "auto", checkpoint=tmp_path)
+    assert torch.equal(logits(dense_model, prompt()), logits(model, prompt()))
 
 
 class _NoDense(torch.overrides.TorchFunctionMode):  # type: ignore[misc]

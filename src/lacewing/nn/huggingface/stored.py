@@ -1,12 +1,5 @@
-"""Packed layers under the names that a file of transformers has for them.
-
-    <name>.weight.<part>             the parts of a layer's format, as in a packed directory
-    <name>.<parameter>.<part>        of a stack of experts, with a leading axis
-    <name>.weight, <name>.<parameter>    the mark: a single NaN with five dimensions
-
-The mark fits no weight: whoever takes the directory for a dense model fails. transformers without
-Lacewing would leave out what it does not know and begin with random weights.
-"""
+"""Packed layers under the names that a file of transformers has for them, which
+`checkpoint/transformers.py` describes."""
 
 from __future__ import annotations
 
@@ -21,6 +14,7 @@ from torch.nn import Module
 
 from lacewing.checkpoint.files import fail
 from lacewing.checkpoint.safetensors import NAMES, SafetensorsFile
+from lacewing.checkpoint.transformers import DAMAGED, damaged
 from lacewing.errors import CheckpointError, FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
@@ -28,7 +22,7 @@ from lacewing.nn.attention import MultiheadAttention
 from lacewing.nn.candidates import Candidate
 from lacewing.nn.conv import Conv1d, Conv2d
 from lacewing.nn.experts import PackedExperts
-from lacewing.nn.huggingface.config import DAMAGED, LacewingConfig, damaged
+from lacewing.nn.huggingface.config import LacewingConfig
 from lacewing.nn.linear import Linear
 from lacewing.nn.plan import Layer, layers_of
 
