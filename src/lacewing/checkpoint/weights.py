@@ -7,6 +7,7 @@
     gptq                 gptq.py                 gptq, gptq_v2, gptq_p; with activation order
     awq                  awq.py                  gemm, 4 bits
     auto-round           autoround.py            the layouts of gptq and awq
+    lacewing             transformers.py         packed by lacewing.nn, saved by transformers
 
 The tensors alone decide which weights are made of parts: `ignore`, `modules_to_not_convert` and the
 like are not needed. `docs/concepts/checkpoints.md` says what becomes of each.
@@ -27,6 +28,7 @@ from lacewing.checkpoint.gptq import read_gptq
 from lacewing.checkpoint.parts import Files, Reading
 from lacewing.checkpoint.shards import FloatTensor, open_shards
 from lacewing.checkpoint.tensors import SourceTensor
+from lacewing.checkpoint.transformers import read_transformers
 from lacewing.errors import UnsupportedModelError
 
 __all__ = ["CONFIG", "QUANTIZATION_KEYS", "Weights", "read_weights"]
@@ -43,6 +45,7 @@ _READERS: dict[str, Callable[[Path, Config, Files], Reading]] = {
     "awq": read_awq,
     "auto-round": read_auto_round,
     "intel/auto-round": read_auto_round,
+    "lacewing": read_transformers,
 }
 _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files of their own that old exports have beside a config.json that says nothing."""
