@@ -48,6 +48,9 @@ PROGRAMS = [
 def test_python_runs(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "import torch" in body:
         pytest.importorskip("torch", reason="the example needs PyTorch")
+    if "from transformers import" in body:
+        pytest.importorskip("torch", reason="the example needs PyTorch")
+        pytest.importorskip("transformers", "5.0", reason="the example needs transformers 5")
     monkeypatch.chdir(tmp_path)
     build.tiny_gguf("Q4_1").write(tmp_path / "model.gguf")
     exec(compile(body, "example", "exec"), {})

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from lacewing.formats import PackedTensor, pack
     from lacewing.native import linear
     from lacewing.nn import Report, replace_linear
+    from lacewing.nn.huggingface import LacewingConfig
 
 __all__ = [
     "LLM",
     "CheckpointError",
     "FormatError",
+    "LacewingConfig",
     "LacewingError",
     "PackedTensor",
     "Piece",
@@ -71,6 +73,7 @@ _HOMES = {
     "formats": ("PackedTensor", "pack"),
     "native": ("linear",),
     "nn": ("Report", "replace_linear"),
+    "nn.huggingface": ("LacewingConfig",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn"}

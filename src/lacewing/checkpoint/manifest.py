@@ -37,6 +37,7 @@ __all__ = [
     "VERSION",
     "WEIGHTS",
     "PackedSource",
+    "PackedWeight",
     "manifest_json",
 ]
 
@@ -202,7 +203,7 @@ class PackedSource(Source):
 
 
 def _tensor(name: str, value: Packed) -> SourceTensor:
-    return _Weight(name, value) if isinstance(value, PackedTensor) else _Vector(name, value)
+    return PackedWeight(name, value) if isinstance(value, PackedTensor) else _Vector(name, value)
 
 
 class _Vector(SourceTensor):
@@ -217,7 +218,7 @@ class _Vector(SourceTensor):
         return self._values[begin:end]
 
 
-class _Weight(SourceTensor):
+class PackedWeight(SourceTensor):
     """A packed weight. Runs of rows are unpacked strip by strip."""
 
     def __init__(self, name: str, packed: PackedTensor) -> None:

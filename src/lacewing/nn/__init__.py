@@ -6,6 +6,7 @@ from lacewing.nn.attention import MultiheadAttention
 from lacewing.nn.conv import Conv1d, Conv2d
 from lacewing.nn.experts import PackedExperts
 from lacewing.nn.linear import Linear
+from lacewing.nn.registration import register_with_transformers
 from lacewing.nn.replace import replace_linear
 from lacewing.nn.report import LayerReport, Report
 from lacewing.nn.weight import PackedWeight
@@ -21,3 +22,5 @@ __all__ = [
     "Report",
     "replace_linear",
 ]
+
+register_with_transformers()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch.nn import Module, Parameter
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lacewing import native
 from lacewing.errors import FormatError, RequestError
@@ -25,7 +26,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STAYS = "its kernels are for CPUs: move the dense model instead"
 
 
-class Linear(torch.nn.Linear):
+class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (torchao) leave alone
     """`y = x W^T + bias` with a packed weight `[out_features, in_features]`.
 
     x: `[..., in_features]` in float32, bfloat16 or float16, any strides; y has the type of x. The

@@ -20,7 +20,7 @@ from lacewing.nn.report import LayerReport
 from lacewing.nn.targets import Pattern, check_used, patterns
 from lacewing.nn.weights import Weights
 
-__all__ = ["Plan", "Site", "make_plan"]
+__all__ = ["Layer", "Plan", "Site", "choose_layers", "layers_of", "make_plan"]
 
 Slot = tuple[Module, str]
 """A module and the name under which it has a layer."""
@@ -86,14 +86,35 @@ def make_plan(
     checkpoint: Any,
 ) -> Plan:
     """Raises RequestError, FormatError or CheckpointError for whatever could not be done."""
+    auto = checkpoint is not None
+    chosen, left = choose_layers(model, format, sparsity, include, exclude, per_layer, auto)
+    weights = Weights(model, checkpoint)
+    sites = [_site(layer, name, sparsity, weights) for layer, name in chosen]
+    return Plan(tuple(sites), tuple(left))
+
+
+def choose_layers(
+    model: Module,
+    format: str,
+    sparsity: float | None,
+    include: Any,
+    exclude: Any,
+    per_layer: Mapping[Any, str | None],
+    auto: bool = False,
+) -> tuple[list[tuple[Layer, str]], list[LayerReport]]:
+    """The layers to pack, each with the name of its format (`auto` only where that may be), and
+    those that are left alone. Reads no weight: the model may be on the meta device.
+
+    Raises RequestError or FormatError for arguments that do not fit each other or the model.
+    """
     wanted = None if include is None else patterns("include", include)
     if wanted == []:
         raise RequestError("`include` is empty: no layer would be replaced")
     unwanted = patterns("exclude", exclude)
     formats = [(Pattern("per_layer", key), value) for key, value in per_layer.items()]
     for name in {format, *(value for _, value in formats if value is not None)}:
-        _check_format(name, sparsity, checkpoint is not None)
-    layers = list(_layers(model))
+        _check_format(name, sparsity, auto)
+    layers = list(layers_of(model))
     chosen: list[tuple[Layer, str]] = []
     left: list[LayerReport] = []
     for layer in layers:
@@ -106,9 +127,7 @@ def make_plan(
         [*(wanted or []), *unwanted, *(pattern for pattern, _ in formats)],
         [name for layer in layers for name in layer.names],
     )
-    weights = Weights(model, checkpoint)
-    sites = [_site(layer, name, sparsity, weights) for layer, name in chosen]
-    return Plan(tuple(sites), tuple(left))
+    return chosen, left
 
 
 @dataclass(frozen=True)
@@ -188,7 +207,7 @@ def _check_place(name: str, tensor: torch.Tensor, read: bool = True) -> None:
 # -- the model's layers ---------------------------------------------------------------------------
 
 
-def _layers(model: Module) -> Iterator[Layer]:
+def layers_of(model: Module) -> Iterator[Layer]:
     """Every layer once, under all its names, in the order of the model."""
     if not isinstance(model, Module):
         raise RequestError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")

@@ -27,6 +27,7 @@ from lacewing.errors import FormatError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built
 from lacewing.nn.plan import Plan, Site, make_plan
+from lacewing.nn.registration import attach_to_transformers
 from lacewing.nn.report import LayerReport, Report
 from lacewing.nn.spill import Spill, in_memory
 from lacewing.nn.ties import Change, experts_changes, tie_changes
@@ -79,7 +80,7 @@ def replace_linear(
     """
     threads = native.check_threads(threads) or None
     plan = make_plan(model, format, sparsity, include, exclude, per_layer or {}, checkpoint)
-    target = _machine(machine)
+    target = target_machine(machine)
     with Spill() as spill, packing_threads(threads) as pool:
         made = list(_pack(plan, sparsity, target, pool, spill, progress))
     changes = _changes(model, plan)
@@ -88,11 +89,13 @@ def replace_linear(
         _put_in_place(plan, made, changes)
         del plan  # and with it the dense weights
         _settle(made)
+    if made:
+        attach_to_transformers(model)
     notes = tuple(note for *_, note in changes if note)
     return Report(layers, notes)
 
 
-def _machine(machine: str | None) -> str:
+def target_machine(machine: str | None) -> str:
     if machine not in (None, *MACHINES):
         raise FormatError(f"`machine` must be one of {', '.join(MACHINES)}, got {machine!r}")
     native.check_isa()

@@ -15,7 +15,7 @@ from lacewing.nn import ops
 
 __all__ = ["PackedWeight"]
 
-_SETTERS = (torch.Tensor.data.__set__, torch.Tensor.requires_grad.__set__)
+_ASKING_FOR_GRADIENT = (torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_)
 
 
 class PackedWeight(torch.Tensor):
@@ -78,8 +78,10 @@ class PackedWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _SETTERS or func is torch.Tensor.requires_grad_:
-            raise _frozen(getattr(func, "__name__", str(func)))
+        if func in _ASKING_FOR_GRADIENT and not _asked_for_gradient(*args, **kwargs or {}):
+            return args[0]
+        if func in _ASKING_FOR_GRADIENT or func == torch.Tensor.data.__set__:
+            raise _frozen("data" if func == torch.Tensor.data.__set__ else "requires_grad")
         if func is functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs or {})
             if isinstance(weight, PackedWeight) and not isinstance(x, PackedWeight):
@@ -117,9 +119,13 @@ def _dense(value: Any) -> Any:
     return value.dequantized() if isinstance(value, PackedWeight) else value
 
 
+def _asked_for_gradient(weight: torch.Tensor, requires_grad: bool = True) -> bool:
+    return requires_grad
+
+
 def _frozen(what: str) -> RequestError:
     return RequestError(
         f"`{what}`: a packed weight is frozen: it cannot be written to and takes no gradient",
-        hint="train adapters on top of it (PEFT), or train the dense model and replace its layers"
-        " afterwards",
+        hint="train adapters on top of it (PEFT) and leave them unmerged, or train and merge in the"
+        " dense model and replace its layers afterwards",
     )
