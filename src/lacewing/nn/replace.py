@@ -76,7 +76,8 @@ def replace_linear(
 
     Raises RequestError (an argument, a pattern without a match, a model that is not on the CPU),
     FormatError (no such format; NaN or infinite weights; a sparsity it cannot hold),
-    CheckpointError (a checkpoint that is damaged or of another model).
+    CheckpointError (a checkpoint that is damaged or of another model), UnsupportedModelError (one
+    that is compressed in a way that is not implemented).
     """
     threads = native.check_threads(threads) or None
     plan = make_plan(model, format, sparsity, include, exclude, per_layer or {}, checkpoint)
