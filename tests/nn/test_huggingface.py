@@ -223,7 +223,7 @@ def test_convolutions(tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(pixels).logits, model(pixels).logits)
-    with pytest.raises(RequestError, match="linear_fuse.weight`: only linear layers"):
+    with pytest.raises(RequestError, match=r"linear_fuse\.weight`: only linear layers"):
         model.dequantize()
 
 
