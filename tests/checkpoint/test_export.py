@@ -185,6 +185,24 @@ def test_gemma_norms(tmp_path: Path, packed: bool) -> None:
         assert np.array_equal(first[name].dequantize(), last[name].dequantize())
 
 
+def test_weights_of_every_kind_of_file(tmp_path: Path) -> None:
+    """By the same names and with the same values, whatever holds them."""
+    source = tiny_gguf("Q4_0").write(tmp_path / "model.gguf")
+    write_packed(source, tmp_path / "packed")
+    write_compressed_tensors(source, tmp_path / "out")
+    weights = [open_weights(place) for place in (source, tmp_path / "packed", tmp_path / "out")]
+    assert weights[0].keys() == weights[1].keys() == weights[2].keys()
+    for name in (Q, "model.norm.weight"):
+        assert all(
+            np.array_equal(each[name].dequantize(), weights[0][name].dequantize())
+            for each in weights
+        )
+    (tmp_path / "out" / "config.json").unlink()
+    assert f"{Q}_packed" in open_weights(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="nothing at that path"):
+        open_weights(tmp_path / "none")
+
+
 def test_several_formats_are_groups(tmp_path: Path) -> None:
     """Weights of one model may have different grids: each group names its modules."""
     file = build.Gguf()
@@ -285,10 +303,13 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
-    """No tensor that a reader would not know, and every one aligned to its type."""
+@pytest.mark.parametrize("format", ["w4a8g32", "w1.6a8"])
+def test_the_file_is_plain_safetensors(tmp_path: Path, format: str) -> None:
+    """No tensor that a reader would not know, and every one aligned to its type: 102 scales of
+    float16 would leave the words that follow them unaligned."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    write_compressed_tensors(made(tmp_path, "F16"), tmp_path / "out", "w4a8g128")
+    odd = {"intermediate_size": 102} if format == "w1.6a8" else {}
+    write_compressed_tensors(made(tmp_path, "F16", **odd), tmp_path / "out", format)
     path = tmp_path / "out" / "model.safetensors"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")

@@ -13,6 +13,7 @@ import pytest
 from lacewing.checkpoint import open_weights
 from lacewing.errors import CheckpointError
 from lacewing.formats import get_format
+from tests.checkpoint.foreign import Array, group, write_quantized
 
 FOREIGN = Path(__file__).resolve().parents[1] / "fixtures" / "foreign"
 CASES = sorted(place.name for place in FOREIGN.iterdir())
@@ -72,6 +73,36 @@ def test_the_number_of_words_tells_the_packing(tmp_path: Path, version: str | No
     place = changed(tmp_path, "packed-3-asymmetric", version=version)
     expected = np.load(FOREIGN / "packed-3-asymmetric" / "expected.npy")
     assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), expected)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_zero_points_of_later_rows(tmp_path: Path, bits: int) -> None:
+    """Of more rows than the fixtures have: floor(32 / bits) zero points in every word."""
+    n, k, half = 75, 64, 1 << (bits - 1)
+    rng = np.random.default_rng(bits)
+    codes, zeros = rng.integers(0, 2 * half, (n, k)), rng.integers(0, 2 * half, (2, n))
+    scales = rng.uniform(0.001, 0.02, (n, 2)).astype(np.float32)
+    parts = {
+        "weight_packed": padded_words(codes, bits),
+        "weight_zero_point": padded_words(zeros, bits).T,
+        "weight_scale": scales,
+        "weight_shape": np.array([n, k]),
+    }
+    named = {WEIGHT.replace("weight", part): array for part, array in parts.items()}
+    options = {"num_bits": bits, "symmetric": False, "strategy": "group", "group_size": 32}
+    tensor = open_weights(write_quantized(tmp_path / "model", group(**options), named))[WEIGHT]
+    wide = [np.repeat(values, 32, axis=1) for values in (zeros.T, scales)]
+    weight = (codes - wide[0]).astype(np.float32) * wide[1]
+    for begin, end in ((0, n), (40, 75), (31, 33), (74, 75)):
+        assert np.array_equal(tensor.dequantize(begin, end), weight[begin:end])
+
+
+def padded_words(codes: Array, bits: int) -> Array:
+    per = 32 // bits
+    full = np.pad(codes, ((0, 0), (0, -codes.shape[1] % per))).reshape(len(codes), -1, per)
+    shifts = bits * np.arange(per, dtype=np.uint64)
+    words = (full.astype(np.uint64) << shifts).sum(axis=2, dtype=np.uint64)
+    return words.astype(np.uint32).view(np.int32)
 
 
 def test_bits_that_are_not_those_of_the_words(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lacewing.checkpoint import open_weights
+from lacewing.checkpoint import load_model, open_source, open_weights
 from lacewing.errors import CheckpointError, UnsupportedModelError
-from lacewing.formats import get_format
+from lacewing.formats import PackedTensor, get_format
+from tests.checkpoint.build import config, random_weights, write_hub
 from tests.checkpoint.foreign import Array, write_quantized
 
 FOREIGN = Path(__file__).resolve().parents[1] / "fixtures" / "foreign_gptq"
@@ -91,9 +92,15 @@ def naive_words(codes: Array, bits: int) -> Array:
 
 
 def random_gptq(
-    bits: int, n: int, k: int, group: int, offset: int = 1, actorder: bool = False
+    bits: int,
+    n: int,
+    k: int,
+    group: int,
+    offset: int = 1,
+    actorder: bool = False,
+    seed: int = 0,
 ) -> tuple[dict[str, Array], Array]:
-    rng = np.random.default_rng(bits + n)
+    rng = np.random.default_rng([bits, n, seed])
     groups = -(-k // group)
     g_idx = np.arange(k) // group
     if actorder:
@@ -120,8 +127,8 @@ def gptq(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_shapes(tmp_path: Path, bits: int, n: int, k: int, group: int, actorder: bool) -> None:
     parts, weight = random_gptq(bits, n, k, k if group == -1 else group, actorder=actorder)
-    config = gptq(bits, group, desc_act=actorder)
-    tensor = open_weights(write_quantized(tmp_path / "model", config, parts))[WEIGHT]
+    stated = gptq(bits, group, desc_act=actorder)
+    tensor = open_weights(write_quantized(tmp_path / "model", stated, parts))[WEIGHT]
     assert np.array_equal(tensor.dequantize(), weight)
     assert np.array_equal(tensor.dequantize(3, 7), weight[3:7])
     if actorder and group != -1:
@@ -175,11 +182,54 @@ def test_auto_round_rules(tmp_path: Path, key: str) -> None:
     assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), weight)
 
 
+def test_auto_round_names_are_no_expressions(tmp_path: Path) -> None:
+    """A rule for one module is not one for others whose names begin like its own."""
+    parts, weight = random_gptq(4, 32, 64, 32)
+    more, other = random_gptq(3, 32, 64, 64)
+    parts |= {part.replace("up_proj", "up_proj_b"): array for part, array in more.items()}
+    config = gptq(3, 64) | {"quant_method": "auto-round"}
+    config["extra_config"] = {MODULE: {"bits": 4, "group_size": 32}}
+    weights = open_weights(write_quantized(tmp_path / "model", config, parts))
+    assert np.array_equal(weights[WEIGHT].dequantize(), weight)
+    assert np.array_equal(weights[f"{MODULE}_b.weight"].dequantize(), other)
+
+
 def test_an_old_file_beside_the_config(tmp_path: Path) -> None:
     parts, weight = random_gptq(4, 16, 64, 32)
     place = write_quantized(tmp_path / "model", None, parts)
     (place / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32}))
     assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), weight)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_biases_of_zeros(tmp_path: Path, value: int) -> None:
+    """AutoGPTQ has saved a bias of zeros with every weight, whether the model has biases or not."""
+    stated = config()
+    weights = random_weights(stated)
+    place = write_hub(tmp_path / "model", stated, weights)
+    tensors: dict[str, Array] = {}
+    for seed, (name, weight) in enumerate(weights.items()):
+        if weight.ndim == 1 or "layers" not in name:
+            tensors[name] = weight
+            continue
+        n, k = weight.shape
+        module = name.removesuffix(".weight")
+        parts, weights[name] = random_gptq(4, n, k, 32, seed=seed)
+        tensors |= {part.replace(MODULE, module): array for part, array in parts.items()}
+        tensors[f"{module}.bias"] = np.full(n, value, np.float16)
+    write_quantized(place, gptq(), tensors, **stated)
+    source = open_source(place)
+    if value:
+        with pytest.raises(CheckpointError, match="no such tensor"):
+            _ = source.spec
+        return
+    assert source.spec.tensor_shapes().keys() == source.tensors.keys() == weights.keys()
+    model = load_model(place)
+    packed = model.tensors[WEIGHT]
+    assert isinstance(packed, PackedTensor)
+    assert packed.format == "w4a8g32z"
+    off = np.abs(get_format(packed.format).dequantize(packed) - weights[WEIGHT])
+    assert off.max() <= 16 * 0.02 * 2.0**-11
 
 
 # -- AWQ ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lacewing.formats import FORMATS
+from tests.checkpoint import build
 from tests.cli.conftest import Call, spawn
 
 
@@ -96,6 +97,65 @@ def test_a_wrong_format_leaves_nothing(
     assert err.startswith("error: ")
     assert says in err
     assert not list(tmp_path.iterdir())
+
+
+def test_as_compressed_tensors(call: Call, tiny_hub: Path, tmp_path: Path) -> None:
+    options = ("--format", "w4a8g64", "--as", "compressed-tensors")
+    status, out, err = call("compress", tiny_hub, tmp_path / "out", *options)
+    assert status == 0
+    assert "w4a8g64" in out
+    assert "compressed-tensors" in err
+    status, out, err = call("info", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "pack-quantized int4 g64" in out
+    assert "huggingface" in out
+    status, out, _ = call("compress", tmp_path / "out", tmp_path / "packed", "--json")
+    assert status == 0
+    rows = {row["format"]: row for row in json.loads(out)["formats"]}
+    assert rows["w4a8g64"]["exact"]
+
+
+def test_what_a_checkpoint_wants_otherwise_is_told(
+    call: Call, tiny_hub: Path, tmp_path: Path
+) -> None:
+    options = ("--format", "w8a8", "--as", "compressed-tensors")
+    assert call("compress", tiny_hub, tmp_path / "out", *options).status == 0
+    status, out, err = call("info", tmp_path / "out")
+    assert status == 0
+    assert "activations" in err
+    assert "int-quantized int8 channel" in out
+
+
+@pytest.mark.parametrize(
+    "options", [("--as", "gptq"), ("--as", "compressed-tensors", "--head-format", "bf16")]
+)
+def test_another_kind_of_output_is_misuse(
+    call: Call, tiny_hub: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    status, out, err = call("compress", tiny_hub, tmp_path / "out", *options)
+    assert (status, out) == (2, "")
+    assert options[-2] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_are_told(call: Call, tmp_path: Path) -> None:
+    tiny = build.config("llama")
+    weights = build.random_weights(tiny)
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "embed" not in name:
+            fours = weight.reshape(len(weight), -1, 4)
+            fours[::2, :, :2] = fours[1::2, :, 2:] = 0
+    source = build.write_hub(tmp_path / "source", tiny, weights)
+    options = (tmp_path / "out", "--machine", "avx512")
+    status, _, err = call("compress", source, *options)
+    assert status == 0
+    assert "14 tensors have zeros in them and are w8a8g64_24: 50% zeros, 2:4" in " ".join(
+        err.split()
+    )
+    status, out, _ = call("compress", source, *options, "--force", "--json")
+    assert status == 0
+    (row,) = json.loads(out)["found_zeros"]
+    assert (row["format"], row["tensors"], row["density"]) == ("w8a8g64_24", 14, 0.5)
 
 
 def test_an_output_below_a_file_is_an_error(call: Call, tiny_gguf: Path, tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_offsets_that_lead_out_of_the_stream() -> None:
             experts.load_state_dict({**whole, "offsets": offsets})
 
 
+def test_a_stream_of_other_bytes() -> None:
+    experts = stack("w8a8g64_sp")
+    whole = experts.state_dict()
+    with pytest.raises(RuntimeError, match="not experts in w8a8g64_sp"):
+        experts.load_state_dict({**whole, "stream": torch.full_like(whole["stream"], 255)})
+
+
 def test_stays_where_and_what_it_is() -> None:
     experts = stack()
     experts.to(torch.float32)

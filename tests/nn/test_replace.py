@@ -189,6 +189,13 @@ def test_tied_layers_share_their_bytes(by: str) -> None:
     assert "shares its packed weight" in str(report)
 
 
+def test_a_class_around_any_of_its_places() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleList([nn.ModuleDict({"a": shared}), nn.Sequential(shared), nn.Linear(64, 64)])
+    report = replace_linear(model, exclude=nn.Sequential)
+    assert [layer.name for layer in report.replaced] == ["2"]
+
+
 def test_tied_layers_in_two_formats() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
@@ -392,7 +399,7 @@ def test_meta_tensors() -> None:
 def test_another_device() -> None:
     """There is none here: a tensor that says it is elsewhere."""
     with pytest.raises(RequestError, match="`head` is on cuda:0") as error:
-        plan._check_place("head", SimpleNamespace(device=torch.device("cuda:0")), False)
+        plan._check_place("head", SimpleNamespace(device=torch.device("cuda:0")))
     assert error.value.hint == 'move the model first: model.to("cpu")'
 
 
@@ -413,8 +420,10 @@ def test_another_device() -> None:
 )
 def test_bad_formats(options: dict[str, Any], message: str) -> None:
     model = net()
+    seen: list[Any] = []
     with pytest.raises(FormatError, match=message):
-        replace_linear(model, **options)
+        replace_linear(model, progress=lambda *call: seen.append(call), **options)
+    assert seen == []  # before a weight is read
     assert len(linears(model)) == 5
 
 
@@ -450,7 +459,7 @@ def test_peak_memory_is_the_model_and_one_layer(format: str) -> None:
     code = """
 import sys, torch
 from torch import nn
-from lacewing.nn import replace_linear
+from lacewing.nn import replace, replace_linear
 def resident():
     return [int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line][0]
 def net(count):
@@ -461,6 +470,11 @@ model = net(24)  # first: what has been freed once, glibc does not give back to 
 replace_linear(net(4), **options)  # memory that stays is taken before
 before = resident()
 seen = []
+in_memory = replace.in_memory
+def read_back(packed):
+    seen.append(resident())
+    return in_memory(packed)
+replace.in_memory = read_back
 replace_linear(model, progress=lambda *_: seen.append(resident()), **options)
 print(max(seen) - before, resident() - before)
 """

@@ -106,6 +106,20 @@ def test_a_tied_head_that_the_file_has_only_as_embedding(tmp_path: Path) -> None
     assert torch.equal(model["head"].weight.dequantized(), source["head"].weight.dequantized())
 
 
+def test_a_model_on_the_meta_device(tmp_path: Path) -> None:
+    """It has never had dense weights; what is not read from the file must be there."""
+    source = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64))
+    path = save(tmp_path / "saved", source)
+    model = nn.Sequential(nn.Linear(64, 32, bias=False, device="meta"), nn.Linear(32, 64))
+    replace_linear(model, checkpoint=path)
+    replace_linear(source)
+    assert torch.equal(model[0].weight.dequantized(), source[0].weight.dequantized())
+    model(torch.randn(2, 64))
+    biased = nn.Sequential(nn.Linear(64, 32, device="meta"))
+    with pytest.raises(RequestError, match="`0` is on the meta device"):
+        replace_linear(biased, checkpoint=path)
+
+
 # -- weights that are packed or quantized already -------------------------------------------------
 
 

@@ -119,15 +119,18 @@ def test_an_error_while_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_untouched(model, before)
 
 
-def test_ctrl_c_while_layers_are_put_in_place_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["_put_in_place", "_settle"])
+def test_ctrl_c_while_layers_are_put_in_place_waits(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     model = net()
-    settle = replace._settle
+    work = getattr(replace, step)
 
-    def interrupted(made: Any) -> None:
+    def interrupted(*args: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        settle(made)
+        work(*args)
 
-    monkeypatch.setattr(replace, "_settle", interrupted)
+    monkeypatch.setattr(replace, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         replace_linear(model)
     assert all(isinstance(each, Linear) for each in (model[0].up, model[1].down, model[2]))

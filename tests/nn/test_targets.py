@@ -101,6 +101,7 @@ def test_formats_per_layer() -> None:
         ({"exclude": "lm_head"}, "`exclude`: 'lm_head' matches no layer", "near matches: head"),
         ({"include": ["head", "*.v_proj"]}, "`include`: '*.v_proj' matches no", ".q_proj"),
         ({"per_layer": {"re:proj": None}}, "`per_layer`: 're:proj' matches no", "q_proj"),
+        ({"include": "layers.0.q"}, "`include`: 'layers.0.q' matches no", "layers.0.q_proj"),
         ({"exclude": nn.Conv2d}, "`exclude`: Conv2d matches no layer", "called like layers.0"),
     ],
     ids=str,

@@ -15,9 +15,8 @@ from lacewing.checkpoint.convert import (
 from lacewing.checkpoint.describe import describe
 from lacewing.checkpoint.export import write_compressed_tensors
 from lacewing.checkpoint.patterns import Pattern, pattern_of, sparse_format
-from lacewing.checkpoint.source import open_source
+from lacewing.checkpoint.source import open_source, open_weights
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
-from lacewing.checkpoint.weights import open_weights
 
 __all__ = [
     "AUTO",

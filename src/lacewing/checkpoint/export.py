@@ -23,7 +23,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,12 @@ def write_compressed_tensors(
     threads: int | None = None,
     machine: str | None = None,
 ) -> list[Report]:
-    """Converts a model into a directory that compressed-tensors, transformers and vLLM open. It
-    appears complete or not at all.
+    """Converts a model into a directory that transformers opens with compressed-tensors. It appears
+    complete or not at all.
 
-    format, sparsity and the rest: as in `write_packed`; a packed directory with `auto` keeps its
-    codes. force: replace what an earlier call has written.
+    format, sparsity and the rest: as in `write_packed`; with `auto` a packed directory keeps its
+    codes, and zeros are not looked for, since they would be written out. force: replace what an
+    earlier call has written.
 
     Raises CheckpointError and UnsupportedModelError as `write_packed`, and FormatError for weights
     that compressed-tensors cannot hold (see above).
@@ -89,7 +90,7 @@ def write_compressed_tensors(
     packed = {n: (t, k) for n, (t, k) in plan.items() if k is not None and n not in TABLES}
     for name, (tensor, kind) in packed.items():
         _check_groups(name, tensor.shape, kind)
-    stream = pack_all(packed, sparsity, progress, threads, machine, search=format == AUTO)
+    stream = pack_all(packed, sparsity, progress, threads, machine, search=False)
     scheme = _Schemes()
     with memory_of(opened), new_directory(Path(out_dir), EXPORT, force) as place:
         parts = [f"{name}_zero_point" for name in plan for _ in range(4)]
@@ -101,8 +102,9 @@ def write_compressed_tensors(
                 if name not in packed
             ]
             for name, value, report in stream:
+                begin = writer.nbytes
                 _write_weight(writer, scheme, name, value)
-                reports.append(report)
+                reports.append(replace(report, nbytes=writer.nbytes - begin))
             writer.finish()
         _write_config(place, opened, scheme)
         _write_tokenizer(place, opened)
@@ -127,6 +129,7 @@ class _Deferring:
 
     def __init__(self, out: SafetensorsWriter) -> None:
         self._out = out
+        self.nbytes = 0
         self._last: dict[str, tuple[str, tuple[int, ...], list[Array]]] = {}
 
     def add(self, name: str, array: Array) -> None:
@@ -135,7 +138,9 @@ class _Deferring:
     def add_runs(
         self, name: str, dtype: str, shape: tuple[int, ...], runs: Iterable[Array]
     ) -> None:
-        if math.prod(shape) * DTYPES[dtype].itemsize % 8:
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        self.nbytes += nbytes
+        if nbytes % 8:
             self._last[name] = (dtype, shape, list(runs))
         else:
             self._out.add_runs(name, dtype, shape, runs)

@@ -41,7 +41,9 @@ def read_gptq(place: Path, config: Config, files: Files) -> Reading:
     """Raises UnsupportedModelError and CheckpointError."""
     where = f"{place / 'config.json'}: `quantization_config`"
     format = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if format not in _ZERO_OFFSET or config.get("is_marlin_format"):
+    if config.get("is_marlin_format"):
+        format = "marlin"
+    if not isinstance(format, str) or format not in _ZERO_OFFSET:
         known = ", ".join(_ZERO_OFFSET)
         refuse(f"{where}.checkpoint_format", f"one of {known}", format, _EXPORT)
     if config.get("pack_dtype", "int32") != "int32":

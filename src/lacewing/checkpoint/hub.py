@@ -14,6 +14,7 @@ from lacewing.checkpoint.shards import FloatTensor
 from lacewing.checkpoint.tensors import F32, Source, SourceTensor, TokenizerFiles, check_ids
 from lacewing.checkpoint.weights import CONFIG, QUANTIZATION_KEYS, read_weights
 from lacewing.errors import CheckpointError
+from lacewing.models import DecoderSpec, get_spec
 
 __all__ = ["CONFIG", "HubSource", "norms_are_offsets"]
 
@@ -39,6 +40,16 @@ class HubSource(Source):
         if not norms_are_offsets(self.config):
             return found
         return {name: _with_offset(tensor) for name, tensor in found.items()}
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """As in `Source`. Biases of zeros that the decoder does not have are left out: AutoGPTQ
+        has saved one for every weight, whether or not the model has any."""
+        expected = get_spec(self.config).tensor_shapes()
+        for name in [name for name in self.tensors if name not in expected]:
+            if name.endswith(".bias") and not self.tensors[name].dequantize().any():
+                del self.tensors[name]
+        return self.check_spec()
 
     def _read_tokenizer(self) -> TokenizerFiles:
         path = self.path / "tokenizer.json"

@@ -81,7 +81,7 @@ class Pattern:
         if self.two_of_four:
             kinds.append(f"{self.most_of_four}:4")
         if self.block_density < (1 + self.density) / 2:
-            kinds.append(f"{1 - self.block_density:.0%} of the blocks")
+            kinds.append(f"{1 - self.block_density:.0%} of the 16x1 blocks")
         return ", ".join(kinds)
 
 

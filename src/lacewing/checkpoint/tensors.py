@@ -111,6 +111,10 @@ class Source(ABC):
         Raises UnsupportedModelError (also for types that cannot be read), and CheckpointError for
         tensors that are missing, superfluous or of another shape than the config says.
         """
+        return self.check_spec()
+
+    def check_spec(self) -> DecoderSpec:
+        """What `spec` says, worked out anew."""
         spec = get_spec(self.config)
         spec.check_shapes({name: tensor.shape for name, tensor in self.tensors.items()})
         for name in spec.tensor_shapes():

@@ -15,7 +15,6 @@ like are not needed. `docs/concepts/checkpoints.md` says what becomes of each.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from lacewing.checkpoint.tensors import SourceTensor
 from lacewing.checkpoint.transformers import read_transformers
 from lacewing.errors import UnsupportedModelError
 
-__all__ = ["CONFIG", "QUANTIZATION_KEYS", "Weights", "open_weights", "read_weights"]
+__all__ = ["CONFIG", "QUANTIZATION_KEYS", "Weights", "read_weights"]
 
 Config = Mapping[str, Any]
 
@@ -61,22 +60,13 @@ class Weights:
     """What the checkpoint's config says and Lacewing does otherwise."""
 
 
-def open_weights(path: str | os.PathLike[str]) -> Mapping[str, SourceTensor]:
-    """Every tensor of a Hugging Face directory by its name, such as
-    `model.layers.0.self_attn.q_proj.weight`, of any architecture; weights that compressed-tensors,
-    GPTQ, AWQ or auto-round keep in parts are put together. Reads headers and shapes, no weights.
+def read_weights(place: Path, config: Config) -> Weights:
+    """Every tensor of a Hugging Face directory by its name. Reads headers and shapes, no weights.
+    A directory whose config does not say that it is compressed is read as floats.
 
     Raises CheckpointError for a directory that is damaged or contradicts itself, and
     UnsupportedModelError for a compression that is not implemented.
     """
-    place = Path(path)
-    config = read_json(place / CONFIG) if (place / CONFIG).exists() else {}
-    return read_weights(place, config).tensors
-
-
-def read_weights(place: Path, config: Config) -> Weights:
-    """As `open_weights`, with a config that has been read. A directory without one is read as
-    floats."""
     files = open_shards(place)
     found = _quantization(place, config)
     reading = Reading() if found is None else _reader(place, found)(place, found, files)

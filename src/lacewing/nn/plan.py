@@ -34,7 +34,7 @@ class Layer:
     slots: tuple[Slot, ...]
     module: Module
     lineage: tuple[Module, ...]
-    """The module, and those it lies in under its first name."""
+    """The module, and those it lies in under any of its names."""
     found: Candidate | LeftAlone
 
     def called_by(self, pattern: Pattern) -> bool:
@@ -174,8 +174,10 @@ def _check_format(name: str, sparsity: float | None, auto: bool) -> None:
 def _site(layer: Layer, name: str, sparsity: float | None, weights: Weights) -> Site:
     found = layer.found
     assert isinstance(found, Candidate)
-    for tensor in (*(m.parameter for m in found.matrices), *found.keeps):
-        _check_place(layer.names[0], tensor, weights.from_file)
+    for matrix in found.matrices:
+        _check_place(layer.names[0], matrix.parameter, read=not weights.from_file)
+    for tensor in found.keeps:
+        _check_place(layer.names[0], tensor)
     tensors, key = weights.of(layer.names, found)
     own = tensors[0].own_format
     kind = get_format((own or "w8a8g64") if name == AUTO else name)
@@ -183,18 +185,19 @@ def _site(layer: Layer, name: str, sparsity: float | None, weights: Weights) -> 
     return Site(layer, found, kind, tensors, (key, kind.name, len(found.matrices)))
 
 
-def _check_place(name: str, tensor: torch.Tensor, from_file: bool) -> None:
+def _check_place(name: str, tensor: torch.Tensor, read: bool = True) -> None:
+    """read: whether the values are needed, which the meta device has not."""
     if isinstance(tensor, UninitializedParameter):
         raise RequestError(
             f"`{name}` is lazy: its weight has no shape yet",
             hint="run the model once first, or leave the layer out: `exclude`",
         )
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" and read:
         raise RequestError(
             f"`{name}` is on the meta device: it has no values",
             hint="load the weights first, or leave the layer out: `exclude`",
         )
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "meta"):
         raise RequestError(
             f"`{name}` is on {tensor.device}, and packed layers compute on the CPU",
             hint='move the model first: model.to("cpu")',
@@ -227,8 +230,7 @@ def _layer(
     modules: Mapping[str, Module], names: Sequence[str], key: str, found: Candidate | LeftAlone
 ) -> Layer:
     module = modules[names[0]]
-    above = _ancestors(names[0])
-    lineage = (module, *(modules[name] for name in above))
+    lineage = (module, *(modules[above] for name in names for above in _ancestors(name)))
     adapter = _adapter(names[0], modules)
     if adapter is not None:
         found = LeftAlone(found.shape, adapter)
