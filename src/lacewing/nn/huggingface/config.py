@@ -65,6 +65,10 @@ class LacewingConfig(QuantizationConfigMixin):
         config.layers = config_dict.get("layers")
         return (config, kwargs) if return_unused_kwargs else config
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is shown: everything. (transformers 5.0 has no default.)"""
+        return self.to_dict()
+
     def record(self, weights: Mapping[str, Any], dtype: torch.dtype) -> None:
         """Lists the packed weights of a model that is otherwise in `dtype`."""
         self.layers = {}

@@ -34,6 +34,7 @@ from lacewing.nn.huggingface.config import METHOD, LacewingConfig
 from lacewing.nn.huggingface.stored import (
     Parts,
     Room,
+    check_marks,
     check_types,
     is_loaded,
     make_room,
@@ -124,6 +125,8 @@ class LacewingQuantizer(HfQuantizer):
         return self._packing
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            check_marks(model)
         for room in self._rooms:
             room.fill()
         self._rooms = []
@@ -145,14 +148,19 @@ class LacewingQuantizer(HfQuantizer):
         _keep_names(model, stored(model))
         return tensors_of(model), {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, weight in stored(model).items():
-            if not isinstance(weight, Linear) or name.removesuffix(".weight") == name:
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        layers = {name: _above(model, name) for name in stored(model)}
+        for name, layer in layers.items():
+            if not isinstance(layer, Linear):
                 raise RequestError(f"`{name}`: only linear layers can be made dense again")
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Linear):
-                model.set_submodule(name, _dense(module, dtype or module.dtype))
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, layer in layers.items():
+            model.set_submodule(name.removesuffix(".weight"), _dense(layer, kind or layer.dtype))
         return model
+
+
+def _above(model: Any, name: str) -> Any:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 class _Packing(ConversionOps):

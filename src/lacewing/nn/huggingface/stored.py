@@ -29,6 +29,7 @@ from lacewing.nn.plan import Layer, layers_of
 __all__ = [
     "Parts",
     "Room",
+    "check_marks",
     "check_types",
     "is_loaded",
     "make_room",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _CONVOLUTIONS = (Conv1d, Conv2d)
+_MARK = (1, 1, 1, 1, 1)
 
 
 def parameter_of(layer: Layer) -> str | None:
@@ -95,7 +97,7 @@ def tensors_of(model: Module) -> dict[str, torch.Tensor]:
         own = next((prefix for prefix in inner if key.startswith(prefix)), None)
         tensors[key if own is None else own.removesuffix("linear.") + key[len(own) :]] = tensor
     for name, weight in stored(model).items():
-        tensors[name] = torch.full((1, 1, 1, 1, 1), torch.nan, dtype=weight.dtype)
+        tensors[name] = torch.full(_MARK, torch.nan, dtype=weight.dtype)
     return tensors
 
 
@@ -172,6 +174,16 @@ def check_types(model: Any, rooms: Iterable[Room], file: SafetensorsFile) -> Non
                 found = file.tensors.get(key)
                 if found is not None and found.dtype != NAMES[dtype]:
                     fail(f"{file.path}: `{key}`", NAMES[dtype], found.dtype, DAMAGED)
+
+
+def check_marks(model: Module) -> None:
+    """Raises CheckpointError where a mark has come in the place of a weight. New versions of
+    transformers refuse it themselves."""
+    for name, parameter in model.named_parameters():
+        if tuple(parameter.shape) == _MARK:
+            raise CheckpointError(
+                f"`{name}`: packed in the checkpoint, and not listed in config.json", hint=DAMAGED
+            )
 
 
 def _aligned(tensor: torch.Tensor, dtype: np.dtype[Any]) -> Array:
