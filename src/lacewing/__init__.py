@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lacewing.version import __version__
 
 if TYPE_CHECKING:
-    from lacewing import checkpoint, engine, errors, formats, models
+    from lacewing import checkpoint, engine, errors, formats, models, nn
     from lacewing.engine import LLM, Piece, Result, SamplingParams
     from lacewing.errors import (
         CheckpointError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lacewing.formats import PackedTensor, pack
     from lacewing.native import linear
+    from lacewing.nn import Report, replace_linear
 
 __all__ = [
     "LLM",
@@ -38,6 +39,7 @@ __all__ = [
     "PackedTensor",
     "Piece",
     "RecipeError",
+    "Report",
     "RequestError",
     "Result",
     "SamplingParams",
@@ -50,7 +52,9 @@ __all__ = [
     "formats",
     "linear",
     "models",
+    "nn",
     "pack",
+    "replace_linear",
 ]
 
 _HOMES = {
@@ -66,9 +70,10 @@ _HOMES = {
     ),
     "formats": ("PackedTensor", "pack"),
     "native": ("linear",),
+    "nn": ("Report", "replace_linear"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models"}
+_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn"}
 
 
 def __getattr__(name: str) -> Any:

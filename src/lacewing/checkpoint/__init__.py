@@ -1,4 +1,5 @@
-"""Model files: GGUF, Hugging Face directories, and Lacewing's own packed directories."""
+"""Model files: GGUF, Hugging Face directories (as they are, or compressed by others), and packed
+directories of our own."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ from lacewing.checkpoint.convert import (
     write_packed,
 )
 from lacewing.checkpoint.describe import describe
+from lacewing.checkpoint.export import write_compressed_tensors
+from lacewing.checkpoint.patterns import Pattern, pattern_of, sparse_format
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
+from lacewing.checkpoint.weights import open_weights
 
 __all__ = [
     "AUTO",
     "PackedModel",
+    "Pattern",
     "Report",
     "Source",
     "SourceTensor",
@@ -27,5 +32,9 @@ __all__ = [
     "load_model",
     "load_packed",
     "open_source",
+    "open_weights",
+    "pattern_of",
+    "sparse_format",
+    "write_compressed_tensors",
     "write_packed",
 ]

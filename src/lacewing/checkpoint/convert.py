@@ -4,7 +4,10 @@ What `format="auto"` packs a weight into:
 
     GGUF Q8_0 Q4_0 Q4_1 Q5_0 Q5_1   their own grid, without loss
     GGUF Q4_K Q5_K Q6_K             w4a8g32z, w5a8g32z, w8a8g32: the nearest grid
+    weights that others rounded     their own grid, without loss, or the nearest (`grid.py`)
     F32 F16 BF16                    w8a8g32
+    with zeros in them              the sparse format of the same width, where it pays
+                                    (`patterns.py`)
     packed                          as it is
 
 With another format the embedding and the head become w8a8g32 (bf16 with bf16). Tensors of one
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ from lacewing.checkpoint.manifest import (
     manifest_json,
 )
 from lacewing.checkpoint.packing import AHEAD, Job, Packed, Report, packing_threads
+from lacewing.checkpoint.patterns import find_sparser
 from lacewing.checkpoint.safetensors import SafetensorsWriter
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
@@ -42,18 +46,24 @@ from lacewing.formats import Format, PackedTensor, get_format
 
 __all__ = [
     "AUTO",
+    "TABLES",
     "PackedModel",
+    "Progress",
     "Report",
     "convert",
     "load_model",
     "load_packed",
+    "make_plan",
+    "memory_of",
+    "pack_all",
     "write_packed",
 ]
 
 AUTO = "auto"
 _FLOATS_TO = "w8a8g32"
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
+Plan = dict[str, tuple[SourceTensor, Format | None]]
 Progress = Callable[[str, int, int], None]
 """Called after every tensor: its name, weights done, weights in all."""
 
@@ -102,7 +112,7 @@ def load_model(
     tokenizer = source.tokenizer
     tensors: dict[str, Packed] = {}
     reports = []
-    with _memory(source):
+    with memory_of(source):
         for name, value, report in convert(
             source, chosen, sparsity, head_format, progress, threads, machine
         ):
@@ -112,7 +122,8 @@ def load_model(
 
 
 @contextmanager
-def _memory(source: Source) -> Iterator[None]:
+def memory_of(source: Source) -> Iterator[None]:
+    """Turns a lack of memory while packing into a CheckpointError."""
     try:
         yield
     except MemoryError:
@@ -143,11 +154,11 @@ def write_packed(
     UnsupportedModelError, FormatError.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    plan = _plan(opened, format, sparsity, head_format, machine)
+    plan = make_plan(opened, format, sparsity, head_format, machine)
     tokenizer = opened.tokenizer
     reports = []
     stream = convert(opened, format, sparsity, head_format, progress, threads, machine)
-    with _memory(opened), new_directory(Path(out_dir), MANIFEST, force) as place:
+    with memory_of(opened), new_directory(Path(out_dir), MANIFEST, force) as place:
         parts = [f"{name}.{part}" for name in plan for part in ("stream", "offsets")]
         with SafetensorsWriter(place / WEIGHTS, parts, {"format": "lacewing"}) as out:
             for name, value, report in stream:
@@ -192,14 +203,31 @@ def convert(
     Raises UnsupportedModelError, CheckpointError (tensors that are not those of the config),
     FormatError (naming the tensor: NaN, a sparsity its format cannot hold).
     """
-    plan = _plan(source, format, sparsity, head_format, machine)
+    plan = make_plan(source, format, sparsity, head_format, machine)
+    yield from pack_all(plan, sparsity, progress, threads, machine, search=format == AUTO)
+
+
+def pack_all(
+    plan: Mapping[str, tuple[SourceTensor, Format | None]],
+    sparsity: float | None,
+    progress: Progress | None,
+    threads: int | None,
+    machine: str | None,
+    search: bool,
+) -> Iterator[tuple[str, Packed, Report]]:
+    """Every tensor of the plan, packed. search: look for zeros in them (`patterns`)."""
     total = sum(math.prod(tensor.shape) for tensor, _ in plan.values())
     done = 0
     waiting: deque[Job] = deque()
     with packing_threads(threads) as pool:
         for name, (tensor, kind) in plan.items():
-            share = None if name in _TABLES else sparsity
-            waiting.append(Job(pool, tensor, kind, share, machine))
+            share = None if name in TABLES else sparsity
+            pattern = None
+            if search and not share and _is_searched(tensor, kind):
+                found = find_sparser(tensor, machine, pool)
+                if found is not None:
+                    tensor, kind, pattern = found.tensor, found.kind, found.pattern
+            waiting.append(Job(pool, tensor, kind, share, machine, pattern))
             while sum(job.weights for job in waiting) > AHEAD + waiting[0].weights:
                 job = waiting.popleft()
                 yield job.result()
@@ -210,6 +238,11 @@ def convert(
             done = _advance(progress, job, done, total)
 
 
+def _is_searched(tensor: SourceTensor, kind: Format | None) -> bool:
+    """Whether zeros in a tensor are looked for: in matrices, but not in embedding and head."""
+    return kind is not None and tensor.name not in TABLES and tensor.packed() is None
+
+
 def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
     done += job.weights
     if progress is not None:
@@ -217,13 +250,13 @@ def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
     return done
 
 
-def _plan(
+def make_plan(
     source: Source,
     format: str,
     sparsity: float | None,
     head_format: str | None,
     machine: str | None,
-) -> dict[str, tuple[SourceTensor, Format | None]]:
+) -> Plan:
     """Name -> (tensor, format), everything checked that can be without reading a weight."""
     for name in (format, head_format):
         if name not in (None, AUTO):
@@ -232,11 +265,11 @@ def _plan(
         raise FormatError(f"sparsity must be in [0, 1), got {sparsity}")
     if machine not in (None, *MACHINES):
         raise FormatError(f"`machine` must be one of {', '.join(MACHINES)}, got {machine!r}")
-    plan: dict[str, tuple[SourceTensor, Format | None]] = {}
+    plan: Plan = {}
     for name in source.spec.tensor_shapes():
         tensor = source.tensors[name]
         kind = _choose(tensor, format, head_format)
-        if sparsity and kind is not None and not kind.holds_zero and name not in _TABLES:
+        if sparsity and kind is not None and not kind.holds_zero and name not in TABLES:
             raise FormatError(
                 f"`{name}`: {kind.name} cannot hold pruned weights: zero is not on its grid",
                 hint="name a symmetric or a sparse format, such as `w8a8g64_sp`",
@@ -250,7 +283,7 @@ def _choose(tensor: SourceTensor, format: str, head_format: str | None) -> Forma
     if len(tensor.shape) == 1:
         return None
     chosen = format
-    if tensor.name in _TABLES:
+    if tensor.name in TABLES:
         if head_format is not None:
             chosen = head_format
         elif format not in (AUTO, "bf16", "bf16_sp"):

@@ -28,6 +28,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         bits_per_weight
         formats         [{format, tensors, weights, bytes, bits_per_weight}], largest first
         tensors         [{name, format, shape, weights, bytes, bits_per_weight}], in file order
+        notes           what the file asks for and Lacewing does otherwise
         metadata        of a GGUF file: {key: value}, long arrays as "<n values>"
 
     Raises CheckpointError for a path that is no model, or a damaged one.
@@ -45,6 +46,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bits_per_weight": _bits(nbytes, weights),
         "formats": _formats(tensors),
         "tensors": tensors,
+        "notes": list(source.notes),
     }
     if isinstance(source, GgufSource):
         found["metadata"] = {key: _brief(v) for key, v in source.file.metadata.items()}

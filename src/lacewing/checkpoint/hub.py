@@ -1,5 +1,4 @@
-"""A Hugging Face directory: config.json, safetensors (one file or an index of shards), and the
-tokenizer's files."""
+"""A Hugging Face directory: config.json, weights (`weights.py`), and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -9,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lacewing.checkpoint.files import fail, parse_json, read_json, read_text, shown
-from lacewing.checkpoint.safetensors import SafetensorsFile, read_safetensors
+from lacewing.checkpoint.shards import FloatTensor
 from lacewing.checkpoint.tensors import F32, Source, SourceTensor, TokenizerFiles, check_ids
-from lacewing.errors import CheckpointError, UnsupportedModelError
-from lacewing.formats import Codes
+from lacewing.checkpoint.weights import CONFIG, QUANTIZATION_KEYS, read_weights
+from lacewing.errors import CheckpointError
 
-__all__ = ["CONFIG", "HubSource"]
-
-Array = npt.NDArray[Any]
-
-CONFIG = "config.json"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
-_DAMAGED = "the download is incomplete or damaged: fetch it again"
+__all__ = ["CONFIG", "HubSource", "norms_are_offsets"]
 
 
 class HubSource(Source):
@@ -38,22 +28,17 @@ class HubSource(Source):
         if not (path / CONFIG).exists():
             hint = "name a packed directory, a Hugging Face directory or a GGUF file"
             fail(str(path), f"a {CONFIG} (or lacewing.json)", "none", hint)
-        self.config = read_json(path / CONFIG)
-        if self.config.get("quantization_config"):
-            raise UnsupportedModelError(
-                f"{path / CONFIG}: `quantization_config`: needs weights in bf16, f16 or f32,"
-                " got quantized ones",
-                hint="use the original model, or a GGUF file of it",
-            )
-        self._files = _open_shards(path)
+        stated = read_json(path / CONFIG)
+        self.weights = read_weights(path, stated)
+        self.notes = self.weights.notes
+        self.config = {key: stated[key] for key in stated if key not in QUANTIZATION_KEYS}
 
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:  # type: ignore[override]
-        fold = str(self.config.get("model_type", "")).startswith("gemma")
-        return {
-            name: _Tensor(file, name, fold and name.endswith("norm.weight"))
-            for name, file in self._files.items()
-        }
+        found = self.weights.tensors
+        if not norms_are_offsets(self.config):
+            return found
+        return {name: _with_offset(tensor) for name, tensor in found.items()}
 
     def _read_tokenizer(self) -> TokenizerFiles:
         path = self.path / "tokenizer.json"
@@ -66,75 +51,22 @@ class HubSource(Source):
         return _Tokenizer(self.path, read_text(path), self.config).files()
 
 
-class _Tensor(SourceTensor):
-    """A float tensor. `fold`: Gemma multiplies by 1 + w; the 1 is added here, once and for all."""
+def norms_are_offsets(config: Mapping[str, Any]) -> bool:
+    """Whether Hugging Face's files have norm weights less one: Gemma multiplies by 1 + w."""
+    return str(config.get("model_type", "")).startswith("gemma")
 
-    def __init__(self, file: SafetensorsFile, name: str, fold: bool) -> None:
-        entry = file.tensors[name]
-        self._file = file
-        self._fold = fold
-        self.name = name
-        self.shape = entry.shape
-        self.dtype = entry.dtype
-        self.nbytes = entry.nbytes
 
-    def check_type(self) -> None:
-        if self.dtype not in _FLOATS:
-            raise UnsupportedModelError(
-                f"`{self.name}`: needs a type of {', '.join(_FLOATS)}, got {self.dtype}",
-                hint="use the original model, or a GGUF file of it",
-            )
+def _with_offset(tensor: SourceTensor) -> SourceTensor:
+    if isinstance(tensor, FloatTensor) and tensor.name.endswith("norm.weight"):
+        return _NormOffset(tensor.file, tensor.name)
+    return tensor
 
-    def _array(self) -> Array:
-        return self._file.array(self.name)
+
+class _NormOffset(FloatTensor):
+    """Gemma multiplies by 1 + w; the 1 is added here, once and for all."""
 
     def dequantize(self, begin: int = 0, end: int | None = None) -> F32:
-        values = self._array()[begin:end]
-        if self.dtype == "BF16":
-            values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        with np.errstate(invalid="ignore"):  # NaN; found by whoever rounds
-            floats = values.astype(np.float32, copy=False)
-            return floats + np.float32(1) if self._fold else floats
-
-    def release(self) -> None:
-        self._file.release(self.name)
-
-    def codes(self, begin: int = 0, end: int | None = None) -> tuple[str, Codes] | None:
-        if self.dtype != "BF16" or len(self.shape) != 2 or self._fold:
-            return None
-        return "bf16", Codes(self._array()[begin:end])
-
-
-# -- shards ---------------------------------------------------------------------------------------
-
-
-def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that holds it."""
-    if (path / _SINGLE).exists():
-        file = read_safetensors(path / _SINGLE)
-        return dict.fromkeys(file.tensors, file)
-    if not (path / _INDEX).exists():
-        others = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-        hint = "convert the weights to safetensors first" if others else _DAMAGED
-        fail(str(path), f"{_SINGLE} or {_INDEX}", "neither", hint)
-    index = path / _INDEX
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict):
-        fail(f"{index}: `weight_map`", "a mapping of tensors to files", shown(placed))
-    for name, file_name in placed.items():
-        _check_file_name(index, name, file_name)
-    files = {file_name: read_safetensors(path / file_name) for file_name in set(placed.values())}
-    for name, file_name in placed.items():
-        if name not in files[file_name].tensors:
-            fail(f"{index}: tensor `{shown(name)}`", f"to be in {file_name}", "none", _DAMAGED)
-    return {name: files[file_name] for name, file_name in placed.items()}
-
-
-def _check_file_name(index: Path, name: str, value: Any) -> None:
-    """The files lie in the directory itself (links are welcome: the hub's cache has them)."""
-    plain = isinstance(value, str) and value.isprintable() and not set("/\\") & set(value)
-    if not plain or value in ("", ".", ".."):
-        fail(f"{index}: tensor `{shown(name)}`", "the name of a file beside it", shown(value))
+        return super().dequantize(begin, end) + np.float32(1)
 
 
 # -- tokenizer ------------------------------------------------------------------------------------

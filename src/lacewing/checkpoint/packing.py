@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,14 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lacewing.checkpoint.breakeven import dense_twin, pays
+from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import VECTOR
+from lacewing.checkpoint.patterns import Pattern
 from lacewing.checkpoint.tensors import F32, SourceTensor
 from lacewing.errors import FormatError, LacewingError
 from lacewing.formats import Codes, Format, PackedTensor
 from lacewing.formats.base import aligned_empty, row_chunks
 from lacewing.formats.tiles import STRIP
 
-__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads", "uninterrupted"]
+__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads"]
 
 Packed = PackedTensor | F32
 
@@ -50,24 +50,8 @@ class Report:
     density: float | None = None
     """Share of the weights that a sparse format stores, where one was asked for: those that are not
     zero; in blocks, of the blocks that are not all zeros."""
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end. `ThreadPoolExecutor.submit` holds locks that its workers want:
-    interrupted inside, it may leave them locked, and nobody could ever join the workers."""
-    old = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or old is None:
-        yield  # handlers of Python run in the main thread only
-        return
-    seen: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
-        if seen:
-            signal.raise_signal(signal.SIGINT)
+    pattern: Pattern | None = None
+    """The zeros that `auto` has found in the weights, where they made it choose a sparse format."""
 
 
 @contextmanager
@@ -95,8 +79,10 @@ class Job:
         kind: Format | None,
         sparsity: float | None,
         machine: str | None = None,
+        pattern: Pattern | None = None,
     ) -> None:
         self.tensor = tensor
+        self.pattern = pattern
         self.kind = kind
         self.machine = machine
         self.weights = math.prod(tensor.shape)
@@ -132,7 +118,11 @@ class Job:
         exact = all(p.exact for p in pieces)
         instead_of = None if packed.format == self.kind.name else self.kind.name
         report = self._report(packed.format, packed.nbytes, error, exact)
-        return name, packed, replace(report, instead_of=instead_of, density=density)
+        return (
+            name,
+            packed,
+            replace(report, instead_of=instead_of, density=density, pattern=self.pattern),
+        )
 
     def _faster(self, packed: PackedTensor, density: float | None) -> PackedTensor:
         """The same weights in the dense format of the same width, where that is faster or takes no

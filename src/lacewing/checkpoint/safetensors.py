@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,14 @@ import numpy.typing as npt
 from lacewing.checkpoint.files import MAX_JSON, fail, map_file, parse_json, release, shown
 from lacewing.errors import CheckpointError
 
-__all__ = ["ALIGNMENT", "DTYPES", "SafetensorsFile", "SafetensorsWriter", "read_safetensors"]
+__all__ = [
+    "ALIGNMENT",
+    "DTYPES",
+    "NAMES",
+    "SafetensorsFile",
+    "SafetensorsWriter",
+    "read_safetensors",
+]
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +56,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
 }
 """Types of the format and how numpy holds them: bf16 and 8-bit floats as their bits."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items() if name[:2] not in ("F8", "BF")}
+NAMES = {dtype: name for name, dtype in DTYPES.items() if name[:2] not in ("F8", "BF")}
+"""The type that an array is written as, where nothing else is said."""
 _PADDING = "__padding__."
 _DAMAGED = "the file is damaged or incomplete: fetch or write it again"
 
@@ -197,10 +205,15 @@ class SafetensorsWriter:
             out.add("a.codes", array)
 
     `names`: at least as many names as tensors will come, none shorter: they size the header.
+    `padded` off: tensors follow each other without padding, for readers that would wonder about it;
+    they stay aligned if those come first whose bytes are a multiple of 8.
     A file that is not closed well has an empty header, and no reader takes it.
     """
 
-    def __init__(self, path: Path, names: list[str], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, names: list[str], metadata: Mapping[str, str], padded: bool = True
+    ) -> None:
+        self._padded = padded
         self._entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         # Per tensor: name, dtype, shape and two offsets; padding may come between any two.
         room = sum(len(json.dumps(name)) + 280 for name in names)
@@ -228,23 +241,29 @@ class SafetensorsWriter:
 
     def add(self, name: str, array: Array) -> None:
         """Appends a tensor; bf16 goes as the uint16 of its bits."""
-        assert name not in self._entries
-        short = -self._end % ALIGNMENT
-        if short:
-            self._append(f"{_PADDING}{self._padding}", np.zeros(short, np.uint8))
-            self._padding += 1
-        self._append(name, array)
+        self.add_runs(name, NAMES[array.dtype], array.shape, [array])
 
-    def _append(self, name: str, array: Array) -> None:
-        end = self._end + array.nbytes
-        self._entries[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [self._end, end],
-        }
-        if array.nbytes:
-            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self._end = end
+    def add_runs(
+        self, name: str, dtype: str, shape: tuple[int, ...], runs: Iterable[Array]
+    ) -> None:
+        """Appends a tensor of a type of DTYPES, made of runs of its rows."""
+        assert name not in self._entries
+        short = -self._end % ALIGNMENT if self._padded else 0
+        if short:
+            padding = np.zeros(short, np.uint8)
+            self._append(f"{_PADDING}{self._padding}", "U8", padding.shape, [padding])
+            self._padding += 1
+        self._append(name, dtype, shape, runs)
+
+    def _append(self, name: str, dtype: str, shape: tuple[int, ...], runs: Iterable[Array]) -> None:
+        end = self._end + math.prod(shape) * DTYPES[dtype].itemsize
+        offsets = [self._end, end]
+        self._entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        for run in runs:
+            if run.nbytes:
+                self._file.write(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data)
+            self._end += run.nbytes
+        assert self._end == end
 
     def _finish(self) -> None:
         header = json.dumps(self._entries, separators=(",", ":")).encode()

@@ -71,6 +71,10 @@ class SourceTensor(ABC):
         """Rows with their own codes on a grid that holds the scales only nearly (K-quants)."""
         return None
 
+    def with_format(self, format: str) -> SourceTensor:
+        """The same tensor with `format` as its own one, where that has its grid too; or itself."""
+        return self
+
     def release(self) -> None:
         """Gives back the memory that reading has taken, where the file is mapped."""
         return None
@@ -89,6 +93,8 @@ class Source(ABC):
     config: dict[str, Any]
     """In the words of a Hugging Face config.json."""
     tensors: Mapping[str, SourceTensor]
+    notes: tuple[str, ...] = ()
+    """What the file asks for and Lacewing does otherwise."""
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles:

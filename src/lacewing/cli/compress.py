@@ -1,13 +1,21 @@
-"""`lacewing compress`: any model file into a packed directory, without calibration data."""
+"""`lacewing compress`: any model file into a packed directory, or one that others open, without
+calibration data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lacewing.cli import screen
+
+if TYPE_CHECKING:
+    from lacewing.checkpoint import Report
+
+_KINDS = ("lacewing", "compressed-tensors")
 
 
 def compress(
@@ -32,6 +40,12 @@ def compress(
             show_default="this one",
         ),
     ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--as", help="What OUT is: lacewing, or compressed-tensors for others to open."
+        ),
+    ] = _KINDS[0],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -41,20 +55,20 @@ def compress(
     """
     import time
 
-    from lacewing.checkpoint import write_packed
-    from lacewing.cli.opening import dense_instead, roundings
+    from lacewing.cli.opening import dense_instead, found_zeros, roundings
     from lacewing.native import check_isa, compiled
 
+    _check_kind(kind, head_format)
     check_isa()
     target = machine or compiled().default_isa()
     start = time.perf_counter()
     with screen.progress(f"packing {Path(source).name}") as advance:
-        reports = write_packed(
+        write = _writer(kind, head_format)
+        reports = write(
             source,
             out,
             format,
             sparsity=sparsity,
-            head_format=head_format,
             force=force,
             machine=target,
             progress=lambda name, done, total: advance(done, total, name),
@@ -68,6 +82,7 @@ def compress(
             "machine": target,
             "formats": [row.as_dict() for row in rows],
             "dense_instead": dense_instead(reports),
+            "found_zeros": found_zeros(reports),
         }
         screen.print_json(found)
         return
@@ -86,10 +101,41 @@ def compress(
             for row in rows
         ],
     )
+    _note_zeros(reports, target)
+    total = screen.bytes_text(sum(row.bytes for row in rows))
+    opens = f"Run it: lacewing run {out}"
+    if kind != _KINDS[0]:
+        opens += ". Others open it with compressed-tensors"
+    screen.note(f"{out}: {total} in {seconds:.1f} s. {opens}")
+
+
+def _check_kind(kind: str, head_format: str | None) -> None:
+    if kind not in _KINDS:
+        raise typer.BadParameter(f"'{kind}' is not one of {', '.join(_KINDS)}", param_hint="--as")
+    if kind != _KINDS[0] and head_format is not None:
+        raise typer.BadParameter(
+            "embedding and head stay floats in compressed-tensors", param_hint="--head-format"
+        )
+
+
+def _writer(kind: str, head_format: str | None) -> Callable[..., list[Report]]:
+    from lacewing.checkpoint import write_compressed_tensors, write_packed
+
+    if kind != _KINDS[0]:
+        return write_compressed_tensors
+    return partial(write_packed, head_format=head_format)
+
+
+def _note_zeros(reports: list[Report], machine: str) -> None:
+    """What became of weights because so many of them are zero, or too few."""
+    from lacewing.cli.opening import dense_instead, found_zeros
+
     for row in dense_instead(reports):
         screen.note(
             f"{row['tensors']} tensors are {row['format']} instead of {row['instead_of']}: up to"
-            f" {row['density']:.0%} of their weights are not zero, too many to pay on {target}"
+            f" {row['density']:.0%} of their weights are not zero, too many to pay on {machine}"
         )
-    total = screen.bytes_text(sum(row.bytes for row in rows))
-    screen.note(f"{out}: {total} in {seconds:.1f} s. Run it: lacewing run {out}")
+    for row in found_zeros(reports):
+        screen.note(
+            f"{row['tensors']} tensors have zeros in them and are {row['format']}: {row['zeros']}"
+        )

@@ -43,6 +43,8 @@ def info(
         screen.print_json(found)
         return
     screen.print_pairs(_head(found))
+    for note in found["notes"]:
+        screen.note(note)
     rows = [(row["format"], row["tensors"], *_size(row)) for row in found["formats"]]
     screen.print_table(("format", "tensors", "weights", "bits/weight", "bytes"), rows, gap=True)
     if tensors:

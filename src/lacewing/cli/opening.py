@@ -160,6 +160,20 @@ def dense_instead(reports: Iterable[Report]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def found_zeros(reports: Iterable[Report]) -> list[dict[str, Any]]:
+    """Tensors that `auto` has made sparse for the zeros that it found, per format, with the zeros
+    of one that has the fewest."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        if report.pattern is None:
+            continue
+        row = found.setdefault(report.format, {"format": report.format, "tensors": 0})
+        row["tensors"] += 1
+        if report.pattern.density >= row.get("density", 0):
+            row |= {"density": report.pattern.density, "zeros": str(report.pattern)}
+    return list(found.values())
+
+
 def added_error(reports: Iterable[Report]) -> list[str]:
     """A line per rounding that is not exact."""
     return [

@@ -101,14 +101,14 @@ def _is_stack(module: Module) -> bool:
 
 
 def _linear(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = _own_forward(module, nn.Linear) or _unreadable_any(module)
+    reason = _unreadable_any(module) or _own_forward(module, nn.Linear)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     return {"": _linear_like(module, Cut(), ())}
 
 
 def _conv1d(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = _own_forward(module, type(module)) or _unreadable_any(module)
+    reason = _unreadable_any(module) or _own_forward(module, type(module))
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     note = "a Conv1D is a Linear now: its weight is [outputs, inputs]"
@@ -128,7 +128,7 @@ def _linear_like(module: Any, cut: Cut, notes: tuple[str, ...]) -> Candidate:
 def _conv(module: Any) -> dict[str, Candidate | LeftAlone]:
     packed_class: Any = Conv1d if isinstance(module, nn.Conv1d) else Conv2d
     dense_class = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    reason = _not_pointwise(module) or _own_forward(module, dense_class) or _unreadable_any(module)
+    reason = _not_pointwise(module) or _unreadable_any(module) or _own_forward(module, dense_class)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     matrix = Matrix("weight", module.weight)
@@ -260,7 +260,8 @@ def _own_forward(module: Module, dense: type[Any]) -> str | None:
         return "its forward has been replaced on the instance (by accelerate, or a tracer)"
     if type(module).forward is not dense.forward:
         return f"{type(module).__name__} has a forward of its own"
-    if any(getattr(module, name, None) for name in _STATE_HOOKS):
+    lazy = any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
+    if not lazy and any(getattr(module, name, None) for name in _STATE_HOOKS):
         return "it has hooks on its state_dict"
     return None
 

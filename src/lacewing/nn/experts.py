@@ -118,7 +118,7 @@ class PackedExperts(Module):
                 return torch.stack([w.linear(r) for w, r in zip(stack._experts, x, strict=True)])
         return func(*tree_map(_dense, args), **tree_map(_dense, dict(kwargs or {})))
 
-    # -- a module of bytes --------------------------------------------------------------------------
+    # -- a module of bytes ------------------------------------------------------------------------
 
     def _set_packed(self, stack: PackedTensor) -> None:
         """Checks every expert's weight. Raises FormatError."""
@@ -128,6 +128,9 @@ class PackedExperts(Module):
             native.tensor(each)
             first, second, *_ = (*(torch.from_numpy(each.parts[name]) for name in names), None)
             experts.append(PackedWeight(first, second, self.format, each.shape, self.dtype))
+        before = self.__dict__.get("_experts", experts)
+        if len(before) != len(experts):
+            raise FormatError(f"there are {len(before)} experts, got {len(experts)}")
         for name in names:
             self.register_buffer(name, torch.from_numpy(stack.parts[name]))
         self.__dict__["_experts"] = experts
@@ -243,6 +246,9 @@ def _stacked(parts: Sequence[Array]) -> Array:
 def _split(stack: PackedTensor) -> list[PackedTensor]:
     """The weight of every expert, as views. Raises FormatError for parts that do not fit."""
     kind, parts = get_format(stack.format), stack.parts
+    for name, part in parts.items():
+        if part.dtype != kind.part_dtypes[name] or part.ndim == 0:
+            raise FormatError(f"part `{name}` must be {kind.part_dtypes[name]}, got {part.dtype}")
     counts = {len(part) for name, part in parts.items() if name != "stream"}
     if len(counts) != 1:
         raise FormatError(f"parts of experts must have one length, got {sorted(counts)}")

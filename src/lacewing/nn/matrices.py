@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from lacewing.checkpoint import SourceTensor
 from lacewing.checkpoint.tensors import F32
 from lacewing.formats import Codes
 
-__all__ = ["Cut", "DenseMatrix", "FileMatrix", "Matrix"]
+__all__ = ["Cut", "DenseMatrix", "FileMatrix", "Matrix", "RowsOfTwo", "cut_tensor"]
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,56 @@ class FileMatrix(SourceTensor):
         self._tensor.release()
 
 
+class RowsOfTwo(SourceTensor):
+    """The rows of one matrix, then those of another: what a model has as one."""
+
+    def __init__(self, first: SourceTensor, second: SourceTensor) -> None:
+        self._both = first, second
+        self.name = f"{first.name} + {second.name}"
+        self.shape = (first.shape[0] + second.shape[0], first.shape[1])
+        self.dtype = first.dtype
+        self.nbytes = first.nbytes + second.nbytes
+        self.own_format = first.own_format if first.own_format == second.own_format else None
+
+    def dequantize(self, begin: int = 0, end: int | None = None) -> F32:
+        return np.concatenate([t.dequantize(b, e) for t, b, e in self._runs(begin, end)])
+
+    def codes(self, begin: int = 0, end: int | None = None) -> tuple[str, Codes] | None:
+        return _joined([t.codes(b, e) for t, b, e in self._runs(begin, end)])
+
+    def near_codes(self, begin: int = 0, end: int | None = None) -> tuple[str, Codes] | None:
+        return _joined([t.near_codes(b, e) for t, b, e in self._runs(begin, end)])
+
+    def _runs(self, begin: int, end: int | None) -> list[tuple[SourceTensor, int, int]]:
+        """The tensors and their own rows that make up rows `begin..end`."""
+        first, second = self._both
+        n = first.shape[0]
+        stop = self.shape[0] if end is None else end
+        runs = [(first, begin, min(stop, n)), (second, max(begin - n, 0), stop - n)]
+        return [(tensor, b, e) for tensor, b, e in runs if b < e]
+
+    def release(self) -> None:
+        for tensor in self._both:
+            tensor.release()
+
+
+def _joined(runs: list[tuple[str, Codes] | None]) -> tuple[str, Codes] | None:
+    """None unless all runs are codes of one format."""
+    found = [run for run in runs if run is not None]
+    if len(found) < len(runs) or len({name for name, _ in found}) != 1:
+        return None
+    codes = [each for _, each in found]
+    scales = [each.scales for each in codes if each.scales is not None]
+    mins = [each.mins for each in codes if each.mins is not None]
+    return found[0][0], Codes(
+        np.concatenate([each.q for each in codes]),
+        np.concatenate(scales) if scales else None,
+        np.concatenate(mins) if mins else None,
+    )
+
+
 def cut_tensor(tensor: SourceTensor, matrix: Matrix) -> SourceTensor:
     """The tensor itself where the matrix is all of it: it may have codes of its own."""
     if matrix.cut.whole and len(tensor.shape) == 2:
         return tensor
     return FileMatrix(tensor, matrix.cut, matrix.shape)
-
-
-def by_any_name(tensors: Mapping[str, SourceTensor], names: tuple[str, ...]) -> SourceTensor | None:
-    """The first tensor that has one of the names."""
-    return next((tensors[name] for name in names if name in tensors), None)

@@ -87,6 +87,8 @@ def make_plan(
 ) -> Plan:
     """Raises RequestError, FormatError or CheckpointError for whatever could not be done."""
     wanted = None if include is None else patterns("include", include)
+    if wanted == []:
+        raise RequestError("`include` is empty: no layer would be replaced")
     unwanted = patterns("exclude", exclude)
     formats = [(Pattern("per_layer", key), value) for key, value in per_layer.items()]
     for name in {format, *(value for _, value in formats if value is not None)}:

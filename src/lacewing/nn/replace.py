@@ -21,7 +21,8 @@ from torch.nn import Module
 
 from lacewing import native
 from lacewing.checkpoint.breakeven import MACHINES
-from lacewing.checkpoint.packing import AHEAD, Job, packing_threads, uninterrupted
+from lacewing.checkpoint.interrupts import uninterrupted
+from lacewing.checkpoint.packing import AHEAD, Job, packing_threads
 from lacewing.errors import FormatError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built
@@ -204,7 +205,7 @@ def _put_in_place(plan: Plan, made: Sequence[_Made], changes: Sequence[Change]) 
             module._parameters.pop(name, None)
             module._modules[name] = each.built[0]
     for owner, attribute, value, _ in changes:
-        vars(owner)[attribute] = value
+        owner.__dict__[attribute] = value
 
 
 def _settle(made: Sequence[_Made]) -> None:

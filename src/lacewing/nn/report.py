@@ -111,8 +111,9 @@ class Report:
                 yield from _wrapped(layer.reason or "")
         for note in self.notes:
             yield from textwrap.wrap(f"note: {note}", _WIDTH)
+        count = len(self.replaced)
         yield (
-            f"{len(self.replaced)} layers replaced, {len(self.left_alone)} left alone:"
+            f"{count} layer{'s' if count != 1 else ''} replaced, {len(self.left_alone)} left alone:"
             f" {_bytes(self.bytes_before)} of weights are now {_bytes(self.bytes_after)}"
         )
 

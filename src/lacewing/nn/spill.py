@@ -7,7 +7,6 @@ once would be more memory than the model. Pages of a file that are only read can
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from contextlib import suppress
 from types import TracebackType
@@ -29,7 +28,7 @@ class Spill:
         self._size = 0
         self._file: Any = None
         with suppress(OSError):
-            self._file = tempfile.TemporaryFile(prefix="lacewing-", buffering=0)
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (`__exit__` closes it)
 
     def __enter__(self) -> Spill:
         return self
@@ -56,7 +55,7 @@ class Spill:
             return part
         begin = -(-self._size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._file.seek(begin)
-        rest = memoryview(part).cast("B")
+        rest = part.reshape(-1).view(np.uint8).data
         while rest:
             rest = rest[self._file.write(rest) :]
         self._size = begin + part.nbytes

@@ -1,0 +1,449 @@
+"""`replace_linear`: what is replaced, by what, and what stays."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+
+import lacewing
+from lacewing.errors import FormatError, RequestError
+from lacewing.formats import FORMATS, get_format
+
+torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
+
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune  # noqa: E402
+
+from lacewing.nn import Linear, replace_linear  # noqa: E402
+from tests.nn.twins import reference, twin_of  # noqa: E402
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(64, 10))
+
+
+def linears(model: nn.Module) -> list[str]:
+    """Names of the dense ones."""
+    return [name for name, each in model.named_modules() if type(each) is nn.Linear]
+
+
+# -- what is replaced -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format(format: str) -> None:
+    kind = get_format(format)
+    model = net()
+    x = torch.randn(3, 64)
+    sparsity = 0.8 if kind.sparse and kind.fixed_sparsity is None else None
+    report = lacewing.replace_linear(model, format, sparsity=sparsity, machine="avx512")
+    assert linears(model) == []
+    assert [layer.name for layer in report.replaced] == ["0.up", "0.down", "1.up", "1.down", "2"]
+    assert report.left_alone == ()
+    for name in ("0.up", "2"):
+        layer = model.get_submodule(name)
+        if kind.group_size:
+            assert torch.equal(layer(x), reference(layer, x))
+        dense = net().get_submodule(name).weight
+        error = (layer.weight - dense.detach()).norm() / dense.detach().norm()
+        assert report[name].error == pytest.approx(float(error), rel=1e-3)
+        assert report[name].bytes_after == layer.packed.nbytes
+        assert report[name].bits_per_weight == pytest.approx(layer.packed.bits_per_weight)
+
+
+def test_the_model_computes_with_the_dequantized_weights() -> None:
+    dense = net()
+    model = copy.deepcopy(dense)
+    replace_linear(model, "bf16")
+    x = torch.randn(2, 5, 64)
+    # float32, in another order: hundreds of units of 2^-24 of numbers below 16
+    torch.testing.assert_close(model(x), twin_of(dense, model)(x), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_of_models(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    bias = model[2].bias.detach().clone()
+    report = replace_linear(model, "w8a8g32")
+    layer: Any = model[2]
+    assert layer.weight.dtype == dtype
+    assert layer.bias.dtype == dtype
+    assert torch.equal(layer.bias, bias)
+    assert not layer.bias.requires_grad
+    assert report["2"].bytes_before == 640 * dtype.itemsize
+    assert model(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+
+
+def test_bf16_weights_in_bf16_are_exact() -> None:
+    model = net().bfloat16()
+    weight = model[2].weight.detach().clone()
+    report = replace_linear(model, "bf16")
+    assert torch.equal(model[2].weight, weight)
+    assert report["2"].error == 0
+    assert "exact" in str(report)
+
+
+def test_a_lazy_layer_once_it_has_weights() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    with pytest.raises(RequestError, match="`0` is lazy"):
+        replace_linear(model)
+    assert isinstance(model[1], nn.Linear) and not isinstance(model[1], Linear)
+    replace_linear(model, exclude="0")
+    model(torch.randn(2, 64))
+    report = replace_linear(model)
+    assert report["0"].shape == (8, 64)
+    assert isinstance(model[0], Linear)
+
+
+def test_conv1d_of_transformers() -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers")
+    torch.manual_seed(1)
+    dense = nn.Sequential(pytorch_utils.Conv1D(48, 64))
+    model = copy.deepcopy(dense)
+    report = replace_linear(model, "bf16")
+    assert report["0"].kind == "Conv1D"
+    assert report["0"].shape == (48, 64)
+    assert model[0].nf == 48
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(model(x), twin_of(dense, model)(x), rtol=0, atol=2e-5)
+
+
+def test_large_layers_in_runs_of_rows() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3000, 1000), nn.Linear(1000, 3000))
+    whole = [lacewing.pack(each.weight, "w4a8g64") for each in model]
+    replace_linear(model, "w4a8g64", threads=3)
+    for layer, want in zip(model, whole, strict=True):
+        for name, part in want.parts.items():
+            assert (layer.packed.parts[name] == part).all()
+
+
+def test_mode_and_other_attributes() -> None:
+    model = net().eval()
+    model[2].train()
+    model[2].mark = "mine"
+    replace_linear(model)
+    assert not model[0].up.training
+    assert model[2].training
+    assert model[2].mark == "mine"
+
+
+def test_parameters_and_state_dict() -> None:
+    model, other = net(), net()
+    replace_linear(model, "w8a8g64")
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {"0.up.bias", "1.up.bias", "2.bias"}
+    assert "0.up.weight.codes" in model.state_dict()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    replace_linear(other, "w8a8g64")
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 64)
+    assert torch.equal(model(x), other(x))
+
+
+# -- shared ---------------------------------------------------------------------------------------
+
+
+def test_a_shared_module_is_replaced_once() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared})
+    report = replace_linear(model)
+    assert model["a"][0] is model["b"]
+    assert isinstance(model["b"], Linear)
+    assert report.replaced[0].names == ("a.0", "b")
+    assert len(report.layers) == 1
+    assert "also called b" in str(report)
+
+
+@pytest.mark.parametrize("by", ["parameter", "memory"])
+def test_tied_layers_share_their_bytes(by: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    if by == "parameter":
+        model[1].weight = model[0].weight
+    else:
+        model[1].weight.data = model[0].weight.data
+    report = replace_linear(model, "w8a8g64")
+    assert model[0].codes.data_ptr() == model[1].codes.data_ptr()
+    assert model[0].bias is not None and model[1].bias is None
+    assert report["1"].bytes_before == report["1"].bytes_after == 0
+    assert report.bytes_after == model[0].packed.nbytes
+    assert "shares its packed weight" in str(report)
+
+
+def test_tied_layers_in_two_formats() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    replace_linear(model, "w8a8g64", per_layer={"1": "w4a8g64"})
+    assert [layer.format for layer in model] == ["w8a8g64", "w4a8g64"]
+
+
+def test_a_head_tied_to_an_embedding() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(32, 64), "head": nn.Linear(64, 32, bias=False)})
+    model["head"].weight = model["embed"].weight
+    weight = model["embed"].weight
+    report = replace_linear(model)
+    assert isinstance(model["head"], Linear)
+    assert model["embed"].weight is weight
+    assert report["head"].notes == ("tied to embed.weight, which stays dense",)
+    assert report["head"].bytes_before == 0
+    assert "looked up" in str(report["embed"].reason)
+
+
+# -- sparse ---------------------------------------------------------------------------------------
+
+
+def test_zeros_that_are_there_are_used() -> None:
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256))
+    prune.l1_unstructured(model[0], "weight", 0.75)
+    prune.remove(model[0], "weight")
+    report = replace_linear(model, "w8a8g64_sp", machine="avx512")
+    assert report["0"].format == "w8a8g64_sp"
+    assert report["0"].density == pytest.approx(0.25, abs=0.01)
+    assert report["0"].instead_of is None
+    assert report["1"].format == "w8a8g64"
+    assert report["1"].instead_of == "w8a8g64_sp"
+    assert "instead of w8a8g64_sp: 100% of the weights" in str(report)
+    replaced = nn.Sequential(nn.Linear(256, 64))
+    replace_linear(replaced, "w8a8g64_sp", sparsity=0.7, machine="scalar")
+    assert replaced[0].format == "w8a8g64"
+
+
+def test_pruning() -> None:
+    model = net()
+    replace_linear(model, "w8a8g64", sparsity=0.5)
+    zeros = (model[0].up.weight.dequantized() == 0).float().mean(1)
+    assert (zeros >= 0.5).all()
+
+
+# -- left alone -----------------------------------------------------------------------------------
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Renamed(nn.Linear):
+    """Nothing of its own."""
+
+
+def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
+    report = replace_linear(model, "w8a8g32", **options)
+    return {layer.name: str(layer.reason) for layer in report.left_alone}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # by the quantized layer
+def test_why_layers_are_left_alone() -> None:
+    hooked = nn.Linear(32, 32)
+    hooked.register_state_dict_post_hook(lambda *args: None)
+    patched = nn.Linear(32, 32)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    pruned = prune.l1_unstructured(nn.Linear(32, 32), "weight", 0.5)
+    model = nn.ModuleDict(
+        {
+            "own": OwnForward(32, 32),
+            "doubled": nn.Linear(32, 32).double(),
+            "hooked": hooked,
+            "patched": patched,
+            "normed": parametrizations.weight_norm(nn.Linear(32, 32)),
+            "pruned": pruned,
+            "empty": nn.Linear(32, 32),
+            "rnn": nn.LSTM(32, 32),
+            "bilinear": nn.Bilinear(4, 4, 4),
+            "quantized": torch.ao.nn.quantized.dynamic.Linear(32, 32),
+            "integer": nn.Linear(32, 32),
+            "sub": Renamed(32, 32),
+        }
+    )
+    model["empty"].weight = nn.Parameter(torch.zeros(32, 0))
+    integers = torch.zeros(32, 32, dtype=torch.int8)
+    model["integer"].weight = nn.Parameter(integers, requires_grad=False)
+    before = dict(model._modules)
+    why = reasons(model)
+    assert type(model["sub"]) is Linear
+    assert {name: model[name] for name in why} == {name: before[name] for name in why}
+    assert "OwnForward has a forward of its own" in why["own"]
+    assert "torch.float64" in why["doubled"]
+    assert "hooks on its state_dict" in why["hooked"]
+    assert "replaced on the instance" in why["patched"]
+    assert "computed from others" in why["normed"]
+    assert "computed from others" in why["pruned"]
+    assert "no weights" in why["empty"]
+    assert "LSTM is not known" in why["rnn"]
+    assert "Bilinear" in why["bilinear"]
+    assert "not a torch.nn.Linear" in why["quantized"]
+    assert "torch.int8" in why["integer"]
+    assert len(why) == 11
+
+
+def test_quantized_by_torchao() -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    torchao.quantize_(model[0], torchao.Int8WeightOnlyConfig())
+    why = reasons(model)
+    assert "quantized or distributed already" in why["0"]
+    assert set(why) == {"0"}
+
+
+def test_a_second_time_changes_nothing() -> None:
+    model = net()
+    replace_linear(model)
+    before = dict(model.named_modules())
+    report = replace_linear(model, "w4a8g64")
+    assert report.replaced == ()
+    assert all(layer.reason == "packed already: w8a8g64" for layer in report.left_alone)
+    assert dict(model.named_modules()) == before
+
+
+def test_adapters_stay_and_what_they_adapt_is_replaced() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(r=4, target_modules=["up"])
+    model = peft.get_peft_model(net(), config)
+    report = replace_linear(model, "w8a8g32")
+    up = model.base_model.model[0].up
+    assert type(up.base_layer) is Linear
+    assert type(up.lora_A["default"]) is nn.Linear
+    assert report["base_model.model.0.up.lora_A.default"].reason == "part of an adapter"
+    model(torch.randn(2, 64)).sum().backward()
+    assert up.lora_B["default"].weight.grad is not None
+
+
+# -- hooks ----------------------------------------------------------------------------------------
+
+
+def test_hooks_move_to_the_new_layer() -> None:
+    model = net()
+    seen: list[str] = []
+    layer = model[2]
+    handles = [
+        layer.register_forward_pre_hook(lambda *_: seen.append("before")),
+        layer.register_forward_hook(lambda m, *_: seen.append(type(m).__module__)),
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append("named"), with_kwargs=True
+        ),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    report = replace_linear(model)
+    model(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    assert seen == ["before", "named", "lacewing.nn.linear", "backward"]
+    assert "keeps its hooks" in report["2"].notes
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 64))
+    assert len(seen) == 4
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.MultiheadAttention(8, 2)])
+def test_the_model_itself(root: nn.Module) -> None:
+    with pytest.raises(RequestError, match="the model itself is a") as error:
+        replace_linear(root)
+    assert "torch.nn.Sequential(model)" in str(error.value.hint)
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(RequestError, match=r"must be a torch\.nn\.Module, got dict"):
+        replace_linear({})  # type: ignore[arg-type]
+
+
+def test_meta_tensors() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    with pytest.raises(RequestError, match="`1` is on the meta device"):
+        replace_linear(model)
+    assert type(model[0]) is nn.Linear
+    assert len(replace_linear(model, exclude="1").replaced) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "w8a8g46"}, "no weight format 'w8a8g46'"),
+        ({"format": "auto"}, "`auto` is the format that a checkpoint"),
+        ({"per_layer": {"2": "w9"}}, "no weight format 'w9'"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"format": "w4a8g32z", "sparsity": 0.5}, "cannot hold pruned weights"),
+        ({"per_layer": {"2": "w4a8g32z"}, "sparsity": 0.5}, "cannot hold pruned weights"),
+        ({"format": "w8a8g64_24", "sparsity": 0.7}, "drops exactly half"),
+        ({"machine": "z80"}, "`machine` must be one of"),
+    ],
+    ids=str,
+)
+def test_bad_formats(options: dict[str, Any], message: str) -> None:
+    model = net()
+    with pytest.raises(FormatError, match=message):
+        replace_linear(model, **options)
+    assert len(linears(model)) == 5
+
+
+@pytest.mark.parametrize("threads", [0, 1.5, "2"])
+def test_bad_threads(threads: Any) -> None:
+    with pytest.raises(RequestError, match="`threads`"):
+        replace_linear(net(), threads=threads)
+
+
+def test_inputs_that_no_group_divides_are_padded_and_it_is_said() -> None:
+    model = nn.Sequential(nn.Linear(70, 20))
+    report = replace_linear(model, "w8a8g64")
+    assert report["0"].notes == ("inputs padded from 70 to 128",)
+    x = torch.randn(3, 70)
+    assert torch.equal(model(x), reference(model[0], x))
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_the_dense_weights_are_gone() -> None:
+    model = net()
+    gone = [weakref.ref(model[0].up), weakref.ref(model[0].up.weight)]
+    replace_linear(model)
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_peak_memory_is_the_model_and_one_layer() -> None:
+    """24 layers of 8 MB: packed they are 50 MB, which at no time may lie beside the dense ones.
+    What is allowed is a layer packed (2 MB) and the temporary memory of two threads (2 x 20 MB,
+    see formats/base.py), which is taken and given back before the measurement begins."""
+    code = """
+import resource, torch
+from torch import nn
+from lacewing.nn import replace_linear
+def resident():
+    return [int(line.split()[1]) for line in open("/proc/self/status") if "RssAnon" in line][0]
+def peak():
+    return [int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line][0]
+def net(count):
+    return nn.Sequential(*[nn.Linear(2048, 1024, bias=False) for _ in range(count)])
+model = net(24)
+replace_linear(nn.Sequential(*net(4)), threads=2)
+before = resident()
+seen = []
+replace_linear(model, threads=2, progress=lambda *_: seen.append(resident()))
+print(max(seen) - before, resident() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    most, after = map(int, run.stdout.split())
+    assert most < 45 << 10, f"{most} kB more than the model"
+    assert after < -(100 << 10), f"{after} kB"
