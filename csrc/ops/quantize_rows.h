@@ -36,19 +36,21 @@ LW_INLINE typename S::I32x16 to_codes(typename S::F32x16 x, float inverse) {
   return S::to_i32(S::min(S::max(scaled, S::set1(-127.0f)), S::set1(127.0f)));
 }
 
-// One group of `Chunks` x 16 columns.
-template <class S, int Chunks>
+// One group of `Chunks` x 16 columns, which stay in registers: all of them are below k if `Whole`.
+template <class S, int Chunks, bool Whole>
 inline void quantize_group(const float* x, int64_t k, int64_t col, int8_t* q, int rows, int lane,
                            float* scale, int32_t* sum) {
   typename S::F32x16 v[Chunks];
-  const bool whole = col + 16 * Chunks <= k;
+#pragma GCC unroll 4
   for (int c = 0; c < Chunks; ++c)
-    v[c] = whole ? S::load(x + col + 16 * c) : load_columns<S>(x, k, col + 16 * c);
+    v[c] = Whole ? S::load(x + col + 16 * c) : load_columns<S>(x, k, col + 16 * c);
   auto largest = S::zero();
+#pragma GCC unroll 4
   for (int c = 0; c < Chunks; ++c)
     largest = S::max(S::abs(v[c]), largest);  // drops NaN: the second operand wins
   const auto [inverse, step] = steps_of(S::hmax(largest));
   auto total = S::set1_i32(0);
+#pragma GCC unroll 4
   for (int c = 0; c < Chunks; ++c) {
     const auto codes = to_codes<S>(v[c], inverse);
     total = S::add_i32(total, codes);
@@ -56,6 +58,21 @@ inline void quantize_group(const float* x, int64_t k, int64_t col, int8_t* q, in
   }
   *scale = step;
   *sum = S::sum_i32(total);
+}
+
+// Groups [begin, end) of row r, `Chunks` x 16 columns each.
+template <class S, int Chunks>
+void quantize_groups(const float* x, int64_t k, const Rows& dst, int8_t* q, int64_t at, int rows,
+                     int lane, int64_t begin, int64_t end) {
+  const int64_t whole = k / (16 * Chunks);
+  for (int64_t g = begin; g < end; ++g) {
+    float* scale = dst.scale + at + g * rows;
+    int32_t* sum = dst.sum + at + g * rows;
+    if (g < whole)
+      quantize_group<S, Chunks, true>(x, k, g * 16 * Chunks, q, rows, lane, scale, sum);
+    else
+      quantize_group<S, Chunks, false>(x, k, g * 16 * Chunks, q, rows, lane, scale, sum);
+  }
 }
 
 // As `quantize_group` for a group of any length, a multiple of 64: two passes over it.
@@ -101,18 +118,14 @@ void quantize_row(const float* x, int64_t k, const Rows& dst, int64_t r, int64_t
   }
   const int64_t groups = dst.k_pad / dst.group;
   int8_t* q = dst.q + start * dst.k_pad;
-  for (int64_t g = group_begin; g < group_end; ++g) {
-    const int64_t at = start * groups + g * rows + lane;
-    const int64_t col = g * dst.group;
-    float* scale = dst.scale + at;
-    int32_t* sum = dst.sum + at;
-    if (dst.group == 32)
-      quantize_group<S, 2>(x, k, col, q, rows, lane, scale, sum);
-    else if (dst.group == 64)
-      quantize_group<S, 4>(x, k, col, q, rows, lane, scale, sum);
-    else
-      quantize_long_group<S>(x, k, col, dst.group, q, rows, lane, scale, sum);
-  }
+  const int64_t first = start * groups + lane;
+  if (dst.group == 32)
+    return quantize_groups<S, 2>(x, k, dst, q, first, rows, lane, group_begin, group_end);
+  if (dst.group == 64)
+    return quantize_groups<S, 4>(x, k, dst, q, first, rows, lane, group_begin, group_end);
+  for (int64_t g = group_begin; g < group_end; ++g)
+    quantize_long_group<S>(x, k, g * dst.group, dst.group, q, rows, lane,
+                           dst.scale + first + g * rows, dst.sum + first + g * rows);
 }
 
 }  // namespace

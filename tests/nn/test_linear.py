@@ -325,6 +325,7 @@ def test_it_stays_where_and_what_it_is() -> None:
     model = nn.Sequential(packed(), nn.Linear(72, 4))
     for move in (
         lambda: model.to("meta"),
+        lambda: model[0].to("cuda"),
         lambda: model.half(),
         lambda: model.bfloat16(),
         lambda: model.double(),

@@ -22,6 +22,7 @@ from lacewing.nn.weight import PackedWeight
 __all__ = ["Linear"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_STAYS = "its kernels are for CPUs: move the dense model instead"
 
 
 class Linear(torch.nn.Linear):
@@ -146,17 +147,20 @@ class Linear(torch.nn.Linear):
     # -- elsewhere and otherwise ------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        probe = fn(torch.empty(0, dtype=self.dtype))
+        where = f"lacewing.nn.Linear ({self.format})"
+        try:
+            probe = fn(torch.empty(0, dtype=self.dtype))
+        except (RuntimeError, AssertionError) as error:  # PyTorch's, for a device it is without
+            raise RequestError(
+                f"{where} lives on the CPU and cannot be moved: {error}", hint=_STAYS
+            ) from error
         if probe.device.type != "cpu":
             raise RequestError(
-                f"lacewing.nn.Linear ({self.format}) lives on the CPU, asked to go to"
-                f" {probe.device}",
-                hint="its kernels are for CPUs: move the dense model instead",
+                f"{where} lives on the CPU, asked to go to {probe.device}", hint=_STAYS
             )
         if probe.dtype != self.dtype:
             raise RequestError(
-                f"lacewing.nn.Linear ({self.format}) stands for a weight in {self.dtype}, asked"
-                f" for {probe.dtype}",
+                f"{where} stands for a weight in {self.dtype}, asked for {probe.dtype}",
                 hint="it takes x of any float type as it is; to convert the rest of the model, do"
                 " it before replace_linear",
             )
