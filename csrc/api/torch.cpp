@@ -250,7 +250,8 @@ constexpr int64_t kLittle = 1 << 17;       // products, or activations to quanti
 
 // Many rows by a small weight: threads share the rows, not the outputs, and what a thread has
 // quantized is in its own cache when it multiplies.
-constexpr int64_t kTile = 64;
+constexpr int64_t kTile = 64;              // rows: threads get whole tiles
+constexpr int64_t kTileRows = 256;         // that a thread takes at once: they stay in L2, too
 constexpr size_t kTileWeight = 512 << 10;  // bytes that stay in L2
 
 struct Product {
@@ -279,8 +280,9 @@ struct Product {
   // A thread takes its rows from x to y.
   void run_by_tiles() const {
     parallel((x.m + kTile - 1) / kTile, false, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * kTile; first < std::min(end * kTile, x.m); first += kTile) {
-        const Rows rows = take_rows(w.format, std::min(kTile, x.m - first), w.k);
+      const int64_t stop = std::min(end * kTile, x.m);
+      for (int64_t first = begin * kTile; first < stop; first += kTileRows) {
+        const Rows rows = take_rows(w.format, std::min(kTileRows, stop - first), w.k);
         quantize(rows, first, 0, rows.m);
         multiply(rows, first, 0, w.strips());
       }

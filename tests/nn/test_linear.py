@@ -85,7 +85,7 @@ def test_threads_of_pytorch_give_the_same_bits(threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("format", FORMATS)
 def test_many_rows_by_a_small_weight(format: str, threads: int) -> None:
-    """Threads share the rows there, 64 at a time; the last ones are fewer."""
+    """Threads share the rows there, by 64; each takes up to 256 at once, and the last are fewer."""
     layer = packed(format)
     x = torch.randn(3, 279, 200)
     before = torch.get_num_threads()
