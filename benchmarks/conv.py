@@ -68,7 +68,7 @@ def main() -> None:
     for verb in (network, layers):
         one = verbs.add_parser(verb.__name__)
         one.set_defaults(verb=verb)
-        one.add_argument("--calls", type=int, default=7, help="in a round; their median counts")
+        one.add_argument("--calls", type=int, default=15, help="in a round; their median counts")
         harness.add_common_arguments(one)
         if verb is network:
             one.add_argument("--litert-python", help="an interpreter that has ai-edge-litert")
