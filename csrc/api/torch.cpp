@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
@@ -167,6 +168,7 @@ struct Matrix {
   const int64_t* const sizes;
   const int64_t* const strides;
   int64_t m = 1;
+  int64_t row_step = -1;  // elements from any row to the next, where they are as many; else -1
 
   explicit Matrix(const OwnedTensor& x)
       : type(float_of(x, "x")),
@@ -176,6 +178,7 @@ struct Matrix {
         strides(read(api.aoti_torch_get_strides, x.get())) {
     require(dims >= 1, "x must be [..., k], got a scalar");
     for (int64_t d = 0; d < dims - 1; ++d) m *= sizes[d];
+    if (evenly_spaced()) row_step = dims > 1 ? strides[dims - 2] : 0;
   }
 
   int64_t k() const { return sizes[dims - 1]; }
@@ -196,7 +199,14 @@ struct Matrix {
   }
 
  private:
+  bool evenly_spaced() const {
+    for (int64_t d = 0; d < dims - 2; ++d)
+      if (strides[d] != strides[d + 1] * sizes[d + 1]) return false;
+    return true;
+  }
+
   int64_t offset(int64_t r) const {
+    if (row_step >= 0) return r * row_step;
     int64_t elements = 0;
     for (int64_t d = dims - 2; d >= 0; --d) {
       elements += r % sizes[d] * strides[d];
@@ -238,6 +248,12 @@ thread_local Workspace output_space(size_t{8} << 20);
 constexpr int64_t kOutputBytes = 1 << 20;  // of f32 outputs on their way to 16 bits: stay in L2
 constexpr int64_t kLittle = 1 << 17;       // products, or activations to quantize, for one thread
 
+// Many rows by a small weight: threads share the rows, not the outputs, and what a thread has
+// quantized is in its own cache when it multiplies.
+constexpr int64_t kTile = 64;              // rows: threads get whole tiles
+constexpr int64_t kTileRows = 256;         // that a thread takes at once: they stay in L2, too
+constexpr size_t kTileWeight = 512 << 10;  // bytes that stay in L2
+
 struct Product {
   const KernelTable& table;
   const PackedTensor& w;
@@ -246,37 +262,72 @@ struct Product {
   void* y;
 
   void run() const {
-    const Rows rows = take_rows(w.format, x.m, w.k);
-    parallel(x.m, x.m * w.k < kLittle, [&](int64_t begin, int64_t end) {
-      auto* space = reinterpret_cast<float*>(row_space.take(static_cast<size_t>(w.k) * 8));
-      for (int64_t r = begin; r < end; ++r)
-        table.quantize_row(x.row(table, r, space), w.k, rows, r, 0, row_groups(rows));
-    });
-    parallel(w.strips(), x.m * w.k * w.n < kLittle, [&](int64_t begin, int64_t end) {
-      if (x.type == Float::f32)
-        multiply(rows, begin, end, static_cast<float*>(y), w.n);
-      else
-        multiply_narrow(rows, begin, end);
-    });
+    if (tiles_pay())
+      run_by_tiles();
+    else
+      run_by_strips();
   }
 
  private:
+  bool tiles_pay() const {
+    const size_t bytes = std::accumulate(w.part_bytes, w.part_bytes + kMaxParts, size_t{0});
+    if (bytes > kTileWeight || x.m * w.k * w.n < kLittle) return false;
+    uint32_t threads;
+    check(api.torch_get_num_threads(&threads));
+    return x.m >= int64_t{4} * threads * kTile;
+  }
+
+  // A thread takes its rows from x to y.
+  void run_by_tiles() const {
+    parallel((x.m + kTile - 1) / kTile, false, [&](int64_t begin, int64_t end) {
+      const int64_t stop = std::min(end * kTile, x.m);
+      for (int64_t first = begin * kTile; first < stop; first += kTileRows) {
+        const Rows rows = take_rows(w.format, std::min(kTileRows, stop - first), w.k);
+        quantize(rows, first, 0, rows.m);
+        multiply(rows, first, 0, w.strips());
+      }
+    });
+  }
+
+  void run_by_strips() const {
+    const Rows rows = take_rows(w.format, x.m, w.k);
+    parallel(x.m, x.m * w.k < kLittle,
+             [&](int64_t begin, int64_t end) { quantize(rows, 0, begin, end); });
+    parallel(w.strips(), x.m * w.k * w.n < kLittle,
+             [&](int64_t begin, int64_t end) { multiply(rows, 0, begin, end); });
+  }
+
+  // `rows` are those of x from `first` on.
+  void quantize(const Rows& rows, int64_t first, int64_t begin, int64_t end) const {
+    auto* space = reinterpret_cast<float*>(row_space.take(static_cast<size_t>(w.k) * 8));
+    for (int64_t r = begin; r < end; ++r)
+      table.quantize_row(x.row(table, first + r, space), w.k, rows, r, 0, row_groups(rows));
+  }
+
+  void multiply(const Rows& rows, int64_t first, int64_t begin, int64_t end) const {
+    if (x.type == Float::f32)
+      multiply_into(static_cast<float*>(y) + first * w.n, w.n, rows, begin, end);
+    else
+      multiply_narrow(rows, first, begin, end);
+  }
+
   // `out` is where output 0 of row 0 would lie.
-  void multiply(const Rows& rows, int64_t begin, int64_t end, float* out, int64_t ldy) const {
+  void multiply_into(float* out, int64_t ldy, const Rows& rows, int64_t begin, int64_t end) const {
     table.formats[w.format].linear(
         {&w, &rows, bias, out, ldy, false, begin, end, scratch_space.take(kLinearScratch)});
   }
 
-  void multiply_narrow(const Rows& rows, int64_t begin, int64_t end) const {
-    const int64_t step = std::max<int64_t>(1, kOutputBytes / (x.m * kStrip * 4));
+  void multiply_narrow(const Rows& rows, int64_t row, int64_t begin, int64_t end) const {
+    const int64_t step = std::max<int64_t>(1, kOutputBytes / (rows.m * kStrip * 4));
     for (int64_t first = begin; first < end; first += step) {
       const int64_t last = std::min(end, first + step), ldy = (last - first) * kStrip;
-      auto* space = reinterpret_cast<float*>(output_space.take(static_cast<size_t>(x.m * ldy) * 4));
-      multiply(rows, first, last, space - first * kStrip, ldy);
+      auto* space =
+          reinterpret_cast<float*>(output_space.take(static_cast<size_t>(rows.m * ldy) * 4));
+      multiply_into(space - first * kStrip, ldy, rows, first, last);
       const int64_t column = first * kStrip, columns = std::min(ldy, w.n - column);
-      for (int64_t r = 0; r < x.m; ++r)
+      for (int64_t r = 0; r < rows.m; ++r)
         table.narrow(x.type, space + r * ldy, columns,
-                     static_cast<uint8_t*>(y) + (r * w.n + column) * 2);
+                     static_cast<uint8_t*>(y) + ((row + r) * w.n + column) * 2);
     }
   }
 };

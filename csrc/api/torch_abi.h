@@ -46,6 +46,7 @@ using Error = int32_t;
   X(Error, torch_string_length, (String, size_t*))                                              \
   X(Error, torch_string_c_str, (String, const char**))                                          \
   X(Error, torch_delete_string, (String))                                                       \
+  X(Error, torch_get_num_threads, (uint32_t*))                                                  \
   X(Error, torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, Part, void* context))
 
 struct Api {

@@ -15,6 +15,7 @@ namespace lacewing {
 namespace {
 
 inline constexpr int64_t kSideRows = 64;       // rows side by side
+inline constexpr int64_t kSideLeast = 48;      // of them: pays from half the columns dropped on
 inline constexpr int64_t kSideQuads = 64;      // times four kept inputs at once: 16 KB, in L1
 inline constexpr int64_t kSideInputs = 20480;  // at most; longer rows are gemm's
 
@@ -27,12 +28,19 @@ struct SideScratch {
 };
 static_assert(sizeof(SideScratch) <= kLinearScratch);
 
-// Rows [first, first + 64), and an input of zeros behind the last one.
+// Rows [first, first + count), at most 64, and an input of zeros behind the last one. What is in
+// the place of missing rows is multiplied too, and not written.
 template <class S>
-void lay_side_by_side(SideScratch& t, const Rows& x, int64_t first) {
-  for (int64_t r = 0; r < kSideRows; r += kRowBlock) {
+void lay_side_by_side(SideScratch& t, const Rows& x, int64_t first, int64_t count) {
+  for (int64_t r = 0; r < count; r += kRowBlock) {
     const int8_t* q = x.q + (first + r) * x.k_pad;
-    for (int64_t i = 0; i < x.k_pad; i += 8) S::split_rows(t.rows[i] + r, kSideRows, q + 8 * i);
+    const int lanes = x.rows_in((first + r) / kRowBlock);
+    if (lanes == kRowBlock) {
+      for (int64_t i = 0; i < x.k_pad; i += 8) S::split_rows(t.rows[i] + r, kSideRows, q + 8 * i);
+    } else {
+      for (int64_t i = 0; i < x.k_pad; ++i)
+        for (int l = 0; l < lanes; ++l) t.rows[i][r + l] = q[(i / 4 * lanes + l) * 4 + i % 4];
+    }
   }
   __builtin_memset(t.rows[x.k_pad], 0, kSideRows);
 }
@@ -93,9 +101,9 @@ void multiply_side(SideScratch& t, const uint8_t* codes, int64_t count, int outp
 
 template <class S, class F>
 void write_side(const LinearArgs& a, const SideScratch& t, int64_t strip, int64_t first,
-                typename S::F32x16 sw) {
-  for (int r = 0; r < kSideRows; ++r) {
-    const int at = S::joined_row(r);
+                int64_t count, typename S::F32x16 sw) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int at = S::joined_row(static_cast<int>(r));
     alignas(64) int32_t dot[kStrip];
     for (int o = 0; o < kStrip; ++o) dot[o] = t.sums[o][at] - F::kZeroPoint * t.zero[at];
     write_outputs<S>(a, strip, first + r,
@@ -104,30 +112,34 @@ void write_side(const LinearArgs& a, const SideScratch& t, int64_t strip, int64_
 }
 
 template <class S, class F>
-void multiply_strip_side(const LinearArgs& a, SideScratch& t, int64_t strip, int64_t first) {
+void multiply_strip_side(const LinearArgs& a, SideScratch& t, int64_t strip, int64_t first,
+                         int64_t count) {
   const auto c = F::open(*a.w, strip);
   const int64_t fours = list_columns(t, c.bitmap, a.x->k_pad);
   __builtin_memset(t.sums, 0, sizeof(t.sums));
   __builtin_memset(t.zero, 0, sizeof(t.zero));
   for (int64_t i = 0; i < fours; i += kSideQuads) {
-    const int64_t count = kSideQuads < fours - i ? kSideQuads : fours - i;
-    take_columns<S>(t, i, count);
+    const int64_t some = kSideQuads < fours - i ? kSideQuads : fours - i;
+    take_columns<S>(t, i, some);
     for (int output = 0; output < kStrip; output += 8)
       for (int block = 0; block < 4; block += 2)
-        multiply_side<S, F>(t, c.blocks + 64 * i, count, output, block);
+        multiply_side<S, F>(t, c.blocks + 64 * i, some, output, block);
   }
-  write_side<S, F>(a, t, strip, first, F::template scale<S>(c));
+  write_side<S, F>(a, t, strip, first, count, F::template scale<S>(c));
 }
 
-// All rows but the last m % 64, which are gemm's.
+// The last m % 64 rows are gemm's where they are few.
 template <class S, class F>
 void gemm_columns(const LinearArgs& a) {
   auto& t = *static_cast<SideScratch*>(a.scratch);
   const Rows& x = *a.x;
-  const int64_t whole = x.k_pad <= kSideInputs ? x.m / kSideRows * kSideRows : 0;
+  const int64_t left = x.m % kSideRows;
+  const int64_t whole = x.k_pad > kSideInputs ? 0 : left < kSideLeast ? x.m - left : x.m;
   for (int64_t r = 0; r < whole; r += kSideRows) {
-    lay_side_by_side<S>(t, x, r);
-    for (int64_t s = a.strip_begin; s < a.strip_end; ++s) multiply_strip_side<S, F>(a, t, s, r);
+    const int64_t count = kSideRows < x.m - r ? kSideRows : x.m - r;
+    lay_side_by_side<S>(t, x, r, count);
+    for (int64_t s = a.strip_begin; s < a.strip_end; ++s)
+      multiply_strip_side<S, F>(a, t, s, r, count);
   }
   if (whole == x.m) return;
   Rows rest = x;

@@ -82,6 +82,22 @@ def test_threads_of_pytorch_give_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_rows_by_a_small_weight(format: str, threads: int) -> None:
+    """Threads share the rows there, by 64; each takes up to 256 at once, and the last are fewer."""
+    layer = packed(format)
+    x = torch.randn(3, 279, 200)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in FLOATS:
+            assert_same(layer, x.to(dtype))
+        assert_same(layer, x.transpose(0, 1))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_outputs_beyond_one_piece(dtype: torch.dtype) -> None:
     """16-bit outputs go through a megabyte of floats: 700 rows fill it with 23 strips."""
