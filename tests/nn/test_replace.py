@@ -302,6 +302,53 @@ def test_why_layers_are_left_alone() -> None:
     assert len(why) == 11
 
 
+class Scaled(nn.Linear):
+    """It has a method more, which a packed layer would not have."""
+
+    def scale(self) -> float:
+        return float(self.weight.abs().max())
+
+
+class OwnState(nn.Linear):
+    def _save_to_state_dict(self, *args: Any) -> None:
+        return None
+
+
+def test_what_a_packed_layer_would_lose() -> None:
+    made = [nn.Linear(32, 32) for _ in range(3)]
+    made[0].register_buffer("smooth", torch.ones(32))
+    made[1].register_parameter("gate", nn.Parameter(torch.ones(1)))
+    made[2].add_module("inner", nn.Identity())
+    conv = nn.Conv2d(8, 8, 1)
+    attention, projection = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+    conv.register_buffer("mean", torch.ones(8))
+    attention.register_buffer("cache", torch.ones(8))
+    projection.out_proj.register_buffer("smooth", torch.ones(8))
+    model = nn.Sequential(*made, conv, attention, projection, Scaled(8, 8), OwnState(8, 8))
+    why = reasons(model)
+    assert list(why.values()) == [
+        "it has a buffer `smooth` of its own",
+        "it has a parameter `gate` of its own",
+        "it has a module `inner` of its own",
+        "it has a buffer `mean` of its own",
+        "it has a buffer `cache` of its own",
+        "its out_proj: it has a buffer `smooth` of its own",
+        "Scaled has `scale`, which the packed layer would not have",
+        "OwnState has a _save_to_state_dict of its own",
+    ]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv1d(8, 8, 1)])
+def test_a_compiled_layer_stays(make: Any) -> None:
+    """What it was compiled to would go on to run the dense one."""
+    model = nn.Sequential(make(), nn.MultiheadAttention(8, 2))
+    model[0].compile(backend="eager")
+    model[1].out_proj.compile(backend="eager")
+    why = reasons(model)
+    assert why["0"] == "it is compiled: replace first, then compile"
+    assert why["1"] == f"its out_proj: {why['0']}"
+
+
 def test_quantized_by_torchao() -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))

@@ -18,7 +18,7 @@ from lacewing.nn.conv import Conv1d, Conv2d
 from lacewing.nn.experts import PackedExperts, join
 from lacewing.nn.linear import Linear
 from lacewing.nn.matrices import Cut, Matrix
-from lacewing.nn.reasons import not_pointwise, own_forward, unreadable, unreadable_any
+from lacewing.nn.reasons import more_than, not_pointwise, unreadable, unreadable_any
 
 __all__ = ["WHOLE", "Built", "Candidate", "LeftAlone", "candidates_of"]
 
@@ -28,6 +28,14 @@ WHOLE = (*_PACKED, nn.MultiheadAttention)
 _STACK_NAMES = ("gate_up_proj", "up_proj", "gate_proj", "down_proj", "weight")
 _STACKS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
 """Classes of transformers that do not say themselves whether their stacks are transposed."""
+_HOLDS = ("weight", "bias")
+_ATTENTION_HOLDS = (
+    *(f"{each}_proj_weight" for each in ("in", "q", "k", "v")),
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+    "out_proj",
+)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -94,14 +102,14 @@ def _is_stack(module: Module) -> bool:
 
 
 def _linear(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = unreadable_any(module) or own_forward(module, nn.Linear)
+    reason = unreadable_any(module) or more_than(nn.Linear, module, _HOLDS)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     return {"": _linear_like(module, Cut(), ())}
 
 
 def _conv1d(module: Any) -> dict[str, Candidate | LeftAlone]:
-    reason = unreadable_any(module) or own_forward(module, type(module))
+    reason = unreadable_any(module) or more_than(type(module), module, _HOLDS)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     note = "a Conv1D is a Linear now: its weight is [outputs, inputs]"
@@ -121,7 +129,8 @@ def _linear_like(module: Any, cut: Cut, notes: tuple[str, ...]) -> Candidate:
 def _conv(module: Any) -> dict[str, Candidate | LeftAlone]:
     packed_class: Any = Conv1d if isinstance(module, nn.Conv1d) else Conv2d
     dense_class = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    reason = not_pointwise(module) or unreadable_any(module) or own_forward(module, dense_class)
+    reason = not_pointwise(module) or unreadable_any(module)
+    reason = reason or more_than(dense_class, module, _HOLDS)
     if reason is not None:
         return {"": LeftAlone(_shape(module), reason)}
     matrix = Matrix("weight", module.weight)
@@ -138,9 +147,11 @@ def _attention(module: Any) -> dict[str, Candidate | LeftAlone]:
     if not module._qkv_same_embed_dim:
         keys = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     out = module.out_proj
-    reason = own_forward(module, nn.MultiheadAttention)
-    if reason is None and type(out).forward is not nn.Linear.forward:
+    reason = more_than(nn.MultiheadAttention, module, _ATTENTION_HOLDS)
+    if reason is None and not isinstance(out, nn.Linear):
         reason = f"its out_proj is a {type(out).__name__}"
+    elif reason is None and (own := more_than(nn.Linear, out, _HOLDS)) is not None:
+        reason = f"its out_proj: {own}"
     for owner, key in [*((module, key) for key in keys), (out, "weight")]:
         reason = reason or unreadable(owner, key)
     if reason is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["not_pointwise", "own_forward", "unreadable", "unreadable_any"]
+__all__ = ["more_than", "not_pointwise", "unreadable", "unreadable_any"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_HOOKS = (
@@ -17,18 +18,42 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_STATE_METHODS = ("_save_to_state_dict", "_load_from_state_dict")
+_ABOUT_DENSE = ("extra_repr", "reset_parameters")
+"""What a subclass may say anew: packed weights are shown in another way, and never reset."""
 
 
-def own_forward(module: Module, dense: type[Any]) -> str | None:
-    """Why calling the module is more than what its class `dense` does."""
+def more_than(dense: type[Any], module: Module, holds: Collection[str]) -> str | None:
+    """Why the module is, or does, more than its class `dense`, whose parameters and modules are
+    called as in `holds`."""
     if "forward" in vars(module):
         return "its forward has been replaced on the instance (by accelerate, or a tracer)"
-    for name in ("forward", "_conv_forward"):
-        if getattr(type(module), name, None) is not getattr(dense, name, None):
-            return f"{type(module).__name__} has a {name} of its own"
-    lazy = any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
-    if not lazy and any(getattr(module, name, None) for name in _STATE_HOOKS):
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        return None  # a class of its own until it has a shape
+    if module._compiled_call_impl is not None:
+        return "it is compiled: replace first, then compile"
+    if any(getattr(module, name, None) for name in _STATE_HOOKS):
         return "it has hooks on its state_dict"
+    return _own_method(dense, module) or _own_part(module, holds)
+
+
+def _own_method(dense: type[Any], module: Module) -> str | None:
+    kind = type(module)
+    for name in ("forward", "_conv_forward", *_STATE_METHODS):
+        if getattr(kind, name, None) is not getattr(dense, name, None):
+            return f"{kind.__name__} has a {name} of its own"
+    classes = kind.__mro__[: kind.__mro__.index(dense)]
+    for name in (name for each in classes for name in vars(each)):
+        if not name.startswith("_") and name not in _ABOUT_DENSE:
+            return f"{kind.__name__} has `{name}`, which the packed layer would not have"
+    return None
+
+
+def _own_part(module: Module, holds: Collection[str]) -> str | None:
+    kinds = {"buffer": module._buffers, "parameter": module._parameters, "module": module._modules}
+    for kind, parts in kinds.items():
+        for name in parts.keys() - set(holds):
+            return f"it has a {kind} `{name}` of its own"
     return None
 
 
