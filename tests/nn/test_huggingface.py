@@ -284,6 +284,41 @@ def test_replaced_layers_are_saved_too(dense: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(model, prompt()), logits(again, prompt()))
 
 
+def test_a_model_inside_one_that_was_replaced_is_saved(dense: Any, tmp_path: Path) -> None:
+    whole = reload(dense("llama"))
+    replace_linear(whole, "w8a8g64")
+    for model in (whole, load(dense("llama"))):
+        model.model.save_pretrained(tmp_path)
+        again = transformers.AutoModel.from_pretrained(tmp_path)
+        with torch.no_grad():
+            want = model.model(prompt()).last_hidden_state
+            assert torch.equal(again(prompt()).last_hidden_state, want)
+
+
+def test_two_models_side_by_side(dense: Any, tmp_path: Path) -> None:
+    both = torch.nn.ModuleList([reload(dense("llama")), reload(dense("qwen3"))])
+    replace_linear(both, "w8a8g64")
+    for model in both:
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(model, prompt()), logits(reload(tmp_path), prompt()))
+
+
+@pytest.mark.parametrize("inside", ["model", "model.layers"])
+def test_a_model_around_one_that_was_replaced(dense: Any, tmp_path: Path, inside: str) -> None:
+    """It cannot know: what it saved would load with random weights."""
+    model = reload(dense("llama"))
+    replace_linear(model.get_submodule(inside), "w8a8g64")
+    with pytest.raises(
+        RequestError, match=r"model\.layers\.0\.self_attn\.q_proj` is packed"
+    ) as caught:
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert "replace_linear on that model" in (caught.value.hint or "")
+    assert replace_linear(model, include="model.layers").replaced == ()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(model, prompt()), logits(reload(tmp_path), prompt()))
+
+
 def test_the_names_in_the_file(dense: Any, tmp_path: Path) -> None:
     model = load(dense("llama"))
     model.save_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from lacewing.checkpoint import AUTO, SourceTensor
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import Format, get_format
 from lacewing.nn.candidates import WHOLE, Candidate, LeftAlone, candidates_of
+from lacewing.nn.registration import check_saving
 from lacewing.nn.report import LayerReport
 from lacewing.nn.targets import Pattern, check_used, patterns
 from lacewing.nn.weights import Weights
@@ -41,6 +42,14 @@ class Layer:
         """A pattern that names the output projection of an attention layer names all of it."""
         parts = [f"{name}.out_proj" for name in self.names if self.whole]
         return pattern.matches([*self.names, *parts], self.lineage)
+
+    def put(self, new: Module) -> None:
+        """Puts the packed layer in its place. Into the dictionaries themselves: nothing that a
+        model may have overridden is called."""
+        new.register_state_dict_pre_hook(check_saving)
+        for module, name in self.slots:
+            module._parameters.pop(name, None)
+            module._modules[name] = new
 
     @property
     def whole(self) -> bool:

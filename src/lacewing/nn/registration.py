@@ -11,11 +11,12 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-from lacewing.errors import LacewingError
+from lacewing.errors import LacewingError, RequestError
 
-__all__ = ["attach_to_transformers", "register_with_transformers"]
+__all__ = ["attach_to_transformers", "check_saving", "register_with_transformers"]
 
 _REGISTRY = "transformers.quantizers.auto"
+_MODELS = "transformers.modeling_utils"
 
 
 def register_with_transformers() -> None:
@@ -28,15 +29,41 @@ def register_with_transformers() -> None:
 
 
 def attach_to_transformers(model: Any) -> None:
-    """A model of transformers, or the one inside, that has packed layers now: its `save_pretrained`
-    is to say so. Without that, loading what it has saved would begin with random weights."""
-    library = sys.modules.get("transformers.modeling_utils")
+    """A model of transformers, and those inside, that have packed layers now: `save_pretrained` of
+    each is to say so. Without that, loading what it has saved would begin with random weights."""
+    library = sys.modules.get(_MODELS)
     if library is None:
         return
-    own = next((m for m in model.modules() if isinstance(m, library.PreTrainedModel)), None)
-    if own is not None:
-        with suppress(LacewingError):
-            importlib.import_module("lacewing.nn.huggingface.quantizer").attach(own)
+    with suppress(LacewingError):
+        attach = importlib.import_module("lacewing.nn.huggingface.quantizer").attach
+        for own in model.modules():
+            if isinstance(own, library.PreTrainedModel):
+                attach(own)
+
+
+def check_saving(module: Any, prefix: str, keep_vars: bool) -> None:
+    """A hook of packed layers, before `state_dict`. A model that lies around the one whose layers
+    were replaced cannot be found from there: it does not know of them, and what it saves would
+    load with random weights. Raises RequestError."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == _MODELS and frame.f_code.co_name == "save_pretrained":
+            if not _is_recorded(frame.f_locals["self"]):
+                raise RequestError(
+                    f"save_pretrained: `{prefix.rstrip('.')}` is packed, and the model that is"
+                    f" saved, a {type(frame.f_locals['self']).__name__}, does not know it",
+                    hint="call lacewing.replace_linear on that model, with the same layers to"
+                    " `include`: what is packed stays as it is, and is known then",
+                )
+            return
+
+
+def _is_recorded(model: Any) -> bool:
+    """Whether what `model` saves can be loaded: with its packed layers, or adapters alone."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    adapters = getattr(model, "_hf_peft_config_loaded", False)
+    return adapters or getattr(config, "quant_method", None) == "lacewing"
 
 
 def _register() -> None:

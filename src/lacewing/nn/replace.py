@@ -30,9 +30,9 @@ from lacewing.nn.plan import Plan, Site, make_plan
 from lacewing.nn.registration import attach_to_transformers
 from lacewing.nn.report import LayerReport, Report
 from lacewing.nn.spill import Spill, in_memory
-from lacewing.nn.ties import Change, experts_changes, tie_changes
+from lacewing.nn.ties import Change, apply, changes_of
 
-__all__ = ["Progress", "replace_linear"]
+__all__ = ["Progress", "replace_linear", "target_machine"]
 
 Progress = Callable[[str, int, int], None]
 """Called after every matrix: the layer's name, weights done, weights in all."""
@@ -90,8 +90,7 @@ def replace_linear(
         _put_in_place(plan, made, changes)
         del plan  # and with it the dense weights
         _settle(made)
-    if made:
-        attach_to_transformers(model)
+    attach_to_transformers(model)
     notes = tuple(note for *_, note in changes if note)
     return Report(layers, notes)
 
@@ -199,18 +198,14 @@ def _finish(job: Job) -> tuple[PackedTensor, _Done]:
 def _changes(model: Module, plan: Plan) -> list[Change]:
     gone = {f"{name}.weight" for site in plan.sites for name in site.layer.names}
     stacks = [s.layer.module for s in plan.sites if s.candidate.parameter is not None]
-    return [*tie_changes(model, gone), *experts_changes(stacks)]
+    return changes_of(model, gone, stacks)
 
 
 def _put_in_place(plan: Plan, made: Sequence[_Made], changes: Sequence[Change]) -> None:
-    """Into the dictionaries themselves: nothing that a model may have overridden is called, and
-    nothing can fail halfway."""
+    """Nothing of this can fail halfway."""
     for site, each in zip(plan.sites, made, strict=True):
-        for module, name in site.layer.slots:
-            module._parameters.pop(name, None)
-            module._modules[name] = each.built[0]
-    for owner, attribute, value, _ in changes:
-        owner.__dict__[attribute] = value
+        site.layer.put(each.built[0])
+    apply(changes)
 
 
 def _settle(made: Sequence[_Made]) -> None:

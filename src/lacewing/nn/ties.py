@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from torch.nn import Module
 
-__all__ = ["Change", "experts_changes", "tie_changes"]
+__all__ = ["Change", "apply", "changes_of"]
 
 Change = tuple[Any, str, Any, str]
 """An object, an attribute of it, its new value, and the words for the report."""
 
 
-def tie_changes(model: Module, gone: set[str]) -> Iterator[Change]:
-    """`tie_weights` would put a dense weight where a packed one is: what is `gone` (names of
-    parameters) is tied no more. The config stays as it is: T5, for one, scales by it."""
+def changes_of(model: Module, gone: Set[str], stacks: Iterable[Module]) -> list[Change]:
+    """gone: names of parameters. stacks: modules whose experts are packed."""
+    return [*_tie_changes(model, gone), *_experts_changes(stacks)]
+
+
+def apply(changes: Iterable[Change]) -> None:
+    """Into the dictionaries themselves: nothing that a model may have overridden is called."""
+    for owner, attribute, value, _ in changes:
+        owner.__dict__[attribute] = value
+
+
+def _tie_changes(model: Module, gone: Set[str]) -> Iterator[Change]:
+    """`tie_weights` would put a dense weight where a packed one is: what is `gone` is tied no
+    more. The config stays as it is: T5, for one, scales by it."""
     for prefix, module in model.named_modules():
         expand = getattr(module, "get_expanded_tied_weights_keys", None)
         if expand is None:
@@ -32,12 +43,12 @@ def tie_changes(model: Module, gone: set[str]) -> Iterator[Change]:
             yield module, "all_tied_weights_keys", kept, ""
 
 
-def _without(ties: dict[str, str], prefix: str, gone: set[str]) -> dict[str, str]:
+def _without(ties: dict[str, str], prefix: str, gone: Set[str]) -> dict[str, str]:
     before = f"{prefix}." if prefix else ""
     return {a: b for a, b in ties.items() if before + a not in gone and before + b not in gone}
 
 
-def experts_changes(modules: Iterable[Module]) -> Iterator[Change]:
+def _experts_changes(modules: Iterable[Module]) -> Iterator[Change]:
     """Of the ways in which transformers runs experts, `eager` takes one weight at a time; the
     others read all of them, which would dequantize them each time."""
     name = "_experts_implementation_internal"

@@ -30,6 +30,7 @@ from lacewing.checkpoint.safetensors import read_safetensors
 from lacewing.errors import CheckpointError, LacewingError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.nn.candidates import Candidate
+from lacewing.nn.experts import PackedExperts
 from lacewing.nn.huggingface.config import METHOD, LacewingConfig
 from lacewing.nn.huggingface.stored import (
     Parts,
@@ -39,15 +40,15 @@ from lacewing.nn.huggingface.stored import (
     is_loaded,
     make_room,
     parameter_of,
-    put,
     stored,
     tensors_of,
 )
 from lacewing.nn.linear import Linear
 from lacewing.nn.matrices import DenseMatrix
 from lacewing.nn.plan import Layer, choose_layers
+from lacewing.nn.registration import attach_to_transformers
 from lacewing.nn.replace import target_machine
-from lacewing.nn.ties import experts_changes, tie_changes
+from lacewing.nn.ties import apply, changes_of
 
 __all__ = ["LacewingQuantizer", "attach", "register"]
 
@@ -63,10 +64,11 @@ def register() -> None:
 
 
 def attach(model: Any) -> None:
-    """Lets `save_pretrained` of a model with replaced layers write what `from_pretrained`
+    """Lets `save_pretrained` of a model, if it has packed layers, write what `from_pretrained`
     reads. A model that has a quantizer already keeps it."""
-    if getattr(model, "hf_quantizer", None) is None:
-        formats = Counter(m.format for m in model.modules() if isinstance(m, Linear))
+    packed = [m for m in model.modules() if isinstance(m, (Linear, PackedExperts))]
+    if packed and getattr(model, "hf_quantizer", None) is None:
+        formats = Counter(m.format for m in packed if isinstance(m, Linear))
         config = LacewingConfig(*(format for format, _ in formats.most_common(1)))
         model.hf_quantizer = LacewingQuantizer(config, pre_quantized=False)
         model.is_quantized = True
@@ -132,6 +134,7 @@ class LacewingQuantizer(HfQuantizer):
         self._rooms = []
         self._packing.finish(model)
         self.record(model)
+        attach_to_transformers(model)
         return model
 
     # -- saving -----------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class _Packing(ConversionOps):
         _forget(model, layers.values(), layers)
         for name, layer in layers.items():
             assert isinstance(layer.found, Candidate)
-            put(layer, layer.found.build(self.packed.pop(name))[0])
+            layer.put(layer.found.build(self.packed.pop(name))[0])
         self.wanted.clear()
 
 
@@ -262,9 +265,7 @@ def _head(model: Any) -> str | None:
 def _forget(model: Any, layers: Iterable[Layer], weights: Iterable[str]) -> None:
     """What else speaks of the dense weights."""
     stacks = [layer.module for layer in layers if getattr(layer.found, "parameter", None)]
-    changes = [*tie_changes(model, set(weights)), *experts_changes(stacks)]
-    for owner, attribute, value, _ in changes:
-        setattr(owner, attribute, value)
+    apply(changes_of(model, set(weights), stacks))
 
 
 def _keep_names(model: Any, weights: Iterable[str]) -> None:

@@ -34,7 +34,6 @@ __all__ = [
     "is_loaded",
     "make_room",
     "parameter_of",
-    "put",
     "stored",
     "tensors_of",
 ]
@@ -50,12 +49,6 @@ def parameter_of(layer: Layer) -> str | None:
         return None
     keys = {matrix.key for matrix in layer.found.matrices}
     return keys.pop() if len(keys) == 1 else None
-
-
-def put(layer: Layer, new: Module) -> None:
-    for module, name in layer.slots:
-        module._parameters.pop(name, None)
-        module._modules[name] = new
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
@@ -143,7 +136,7 @@ class Room:
                 )
         assert isinstance(self.layer.found, Candidate)
         try:
-            put(self.layer, self.layer.found.build([self._packed()])[0])
+            self.layer.put(self.layer.found.build([self._packed()])[0])
         except (FormatError, IndexError, TypeError, ValueError) as error:
             hint = getattr(error, "hint", None) or DAMAGED
             raise CheckpointError(f"`{self.name}`: {error}", hint=hint) from error
