@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from typing import Any
@@ -180,6 +181,29 @@ def test_without_memory_for_the_copy_the_file_stays_mapped(monkeypatch: pytest.M
     replace_linear(model)
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, PackedExperts)
     model(torch.randint(3, 64, (2, 9)))
+
+
+def test_few_file_descriptors_for_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has 1024 as a rule. The file is mapped in runs, each as long as all before."""
+    monkeypatch.setattr(spill, "_FIRST_MAP", 1 << 13)
+    want, model = many(), many()
+    for layer in want:
+        layer.weight.data = Linear.from_dense(layer).weight.dequantized()
+    before, most = descriptors(), []
+    replace_linear(model, progress=lambda *_: most.append(descriptors()))
+    assert max(most) - before <= 10  # the file, and maps of 2^13 to 2^19 bytes
+    assert descriptors() == before
+    for layer, dense in zip(model, want, strict=True):
+        assert torch.equal(layer.weight.dequantized(), dense.weight)
+
+
+def many() -> Any:
+    torch.manual_seed(5)
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(60)])
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_file_that_takes_little_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

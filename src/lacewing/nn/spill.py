@@ -19,6 +19,8 @@ from lacewing.formats.base import Array, aligned_empty
 
 __all__ = ["Spill", "in_memory"]
 
+_FIRST_MAP = 1 << 26
+
 
 class Spill:
     """The file; it has no name and is gone when nothing reads it any more. Where it cannot be
@@ -26,7 +28,10 @@ class Spill:
 
     def __init__(self) -> None:
         self._size = 0
-        self._maps: list[mmap.mmap] = []
+        self._map: mmap.mmap | None = None
+        self._mapped = 0, 0
+        """Of the file, by the newest map: from, to."""
+        self._read: list[mmap.mmap] = []
         self._file: Any = None
         with suppress(OSError):
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (`__exit__` closes it)
@@ -53,9 +58,9 @@ class Spill:
 
     def unread(self) -> None:
         """Gives back the memory that reading what is kept has taken."""
-        for view in self._maps:
+        for view in self._read:
             view.madvise(mmap.MADV_DONTNEED)
-        self._maps.clear()
+        self._read.clear()
 
     def _keep(self, part: Array) -> Array:
         if self._file is None or part.nbytes == 0:
@@ -66,10 +71,21 @@ class Spill:
         while rest:
             rest = rest[self._file.write(rest) :]
         self._size = begin + part.nbytes
-        view = mmap.mmap(self._file.fileno(), part.nbytes, access=mmap.ACCESS_COPY, offset=begin)
-        self._maps.append(view)
-        out: Array = np.frombuffer(view, part.dtype).reshape(part.shape)
+        if self._size > self._mapped[1]:
+            self._map_from(begin, part.nbytes)
+        view, offset = self._map, begin - self._mapped[0]
+        assert view is not None
+        self._read.append(view)
+        out: Array = np.frombuffer(view, part.dtype, part.size, offset).reshape(part.shape)
         return out
+
+    def _map_from(self, begin: int, least: int) -> None:
+        """Every map holds a file descriptor, so that each is as long as all before it: a few are
+        enough. What is mapped and not yet written takes no room in the file."""
+        length = max(_FIRST_MAP, begin, least)
+        self._file.truncate(begin + length)
+        self._map = mmap.mmap(self._file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
+        self._mapped = begin, begin + length
 
 
 def in_memory(packed: PackedTensor) -> PackedTensor:
