@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
 
 from torch import nn  # noqa: E402
 
+from lacewing.nn import replace_linear  # noqa: E402
 from lacewing.nn.compare import compare  # noqa: E402
 from lacewing.nn.opening import Work, open_model  # noqa: E402
 
@@ -84,6 +85,19 @@ def test_nothing_to_compare() -> None:
         compare(stack(), {"forward": lambda model: "text"})
 
 
+@pytest.mark.parametrize("rounds", [0, -1, 1.5, True])
+def test_bad_rounds(rounds: Any) -> None:
+    with pytest.raises(RequestError, match="`rounds` must be an integer >= 1, got"):
+        compare(stack(), {"forward": lambda model: model(torch.ones(1, 64))}, rounds=rounds)
+
+
+def test_outputs_of_zeros() -> None:
+    """Their relative error is no number that JSON has."""
+    found = compare(stack(), {"forward": lambda model: model(torch.ones(1, 64)) * 0}, rounds=1)
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["timings"][0]["error"] is None
+
+
 # -- models to measure ----------------------------------------------------------------------------
 
 MODULE = """
@@ -101,6 +115,9 @@ def keywords():
         def forward(self, x, scale):
             return self.fc(x) * scale
     return Model(), {"x": torch.randn(3, 64), "scale": 2}
+
+def without_bias():
+    return torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)), torch.randn(3, 64)
 
 def alone():
     return torch.nn.Linear(64, 32)
@@ -127,6 +144,14 @@ def test_a_function_of_ones_own(own_module: Path, function: str, dtype: str) -> 
     found = compare(model, runs, rounds=1)
     assert found.timings[0].error is not None
     assert found.timings[0].error < 0.02
+
+
+def test_the_inputs_of_both_have_one_type(own_module: Path) -> None:
+    """A replaced model without biases has no parameters to read a type of."""
+    model, runs = open_model("own_models:without_bias", "bf16", Work())
+    dense = runs["forward"](model)
+    replace_linear(model)
+    assert dense.dtype == runs["forward"](model).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from lacewing.errors import RequestError
 from lacewing.nn.replace import replace_linear
-from lacewing.nn.report import Report
+from lacewing.nn.report import Report, plain
 
-__all__ = ["Comparison", "LayerTime", "Run", "compare"]
+__all__ = ["Comparison", "LayerTime", "Run", "Timing", "compare"]
 
 Run = Callable[[Module], Any]
 """What is timed: takes the model, returns its output."""
-Progress = Callable[[str, int, int], None]
+Advance = Callable[[str, int, int], None]
 """What is being done, steps done, steps in all."""
 
 
@@ -94,7 +94,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in types that JSON knows."""
-        return {
+        told = {
             "timings": [{**asdict(each), "speedup": each.speedup} for each in self.timings],
             "layers": [asdict(each) for each in self.layers],
             "dense_bytes": self.dense_bytes,
@@ -103,6 +103,7 @@ class Comparison:
             "threads": self.threads,
             "report": self.report.to_dict(),
         }
+        return {key: plain(value) for key, value in told.items()}
 
 
 def _together(place: str, layers: list[LayerTime]) -> LayerTime:
@@ -126,7 +127,7 @@ def compare(
     format: str = "w8a8g64",
     *,
     rounds: int = 5,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     **options: Any,
 ) -> Comparison:
     """Times `runs` on `model` and on a copy of it with replaced layers, in turn.
@@ -134,8 +135,11 @@ def compare(
     runs: name -> what to call with the model. options: of `replace_linear`. The model stays as it
     is; the copy takes as much memory again until its layers are packed. Gradients are off.
 
-    Raises RequestError where no layer was replaced, and what `replace_linear` and the model raise.
+    Raises RequestError where no layer was replaced or `rounds` is below 1, and what
+    `replace_linear` and the model raise.
     """
+    if type(rounds) is not int or rounds < 1:
+        raise RequestError(f"`rounds` must be an integer >= 1, got {rounds!r}")
     steps = len(runs) * (rounds + 2) + 1
     done = 0
 

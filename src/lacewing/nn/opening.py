@@ -53,15 +53,14 @@ def open_model(name: str, dtype: str, work: Work) -> tuple[Module, dict[str, Run
     if Path(name).is_dir():
         model, runs = _from_directory(name, DTYPES[dtype], work)
     else:
-        model, runs = _from_function(name)
-        model = model.to(DTYPES[dtype])
+        model, runs = _from_function(name, DTYPES[dtype])
     return model.eval(), runs
 
 
 # -- a function of the user's ---------------------------------------------------------------------
 
 
-def _from_function(name: str) -> tuple[Module, dict[str, Run]]:
+def _from_function(name: str, dtype: torch.dtype) -> tuple[Module, dict[str, Run]]:
     made = _function(name)()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, Module):
@@ -75,7 +74,7 @@ def _from_function(name: str) -> tuple[Module, dict[str, Run]]:
         raise RequestError(
             f"{name}: returns a model without inputs", hint="return (model, inputs) instead"
         )
-    return model, {"forward": _call(inputs)}
+    return model.to(dtype), {"forward": _call(_floats_as(dtype, inputs))}
 
 
 def _function(name: str) -> Callable[[], Any]:
@@ -100,15 +99,13 @@ def _function(name: str) -> Callable[[], Any]:
 
 def _call(inputs: Any) -> Run:
     if isinstance(inputs, Mapping):
-        return lambda model: model(**_as(model, dict(inputs)))
+        return lambda model: model(**inputs)
     arguments = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return lambda model: model(*_as(model, tuple(arguments)))
+    return lambda model: model(*arguments)
 
 
-def _as(model: Module, inputs: Any) -> Any:
-    """Floats of the inputs in the type of the model's first float parameter."""
-    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-    dtype = next(floats, torch.float32)
+def _floats_as(dtype: torch.dtype, inputs: Any) -> Any:
+    """Once, and not by the model that is run: a replaced one may have no float parameter left."""
     return torch.utils._pytree.tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
         inputs,
@@ -141,7 +138,7 @@ def _runs(model: Any, config: Any, generates: bool, work: Work) -> dict[str, Run
     if getattr(config, "vocab_size", None) is None:
         side = getattr(config, "image_size", 224)
         pixels = torch.randn(work.batch, getattr(config, "num_channels", 3), side, side)
-        return {f"{work.batch} images": _call({"pixel_values": pixels})}
+        return {f"{work.batch} images": _call({"pixel_values": pixels.to(model.dtype)})}
     ids = torch.randint(0, config.vocab_size, (work.batch, work.tokens))
     runs: dict[str, Run] = {
         f"forward {work.batch} x {work.tokens}": lambda model: model(input_ids=ids)[0]

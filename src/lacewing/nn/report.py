@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["LayerReport", "Report"]
+__all__ = ["LayerReport", "Report", "plain"]
 
 _WIDTH = 100
 _NAME = 41
@@ -86,7 +86,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in types that JSON knows."""
-        layers = [_plain(asdict(layer)) for layer in self.layers]
+        layers = [plain(asdict(layer)) for layer in self.layers]
         return {
             "layers": layers,
             "notes": list(self.notes),
@@ -119,11 +119,12 @@ class Report:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` in types that JSON knows: tuples as lists, NaN and infinities as None."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
