@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,12 +128,34 @@ def test_damaged_state_dicts(format: str) -> None:
         {**whole, second: whole[second][:-1]},
         {**whole, second: whole[second].float()},
         {**whole, second: whole[second].flatten()},
+        {**whole, second: whole[second].to("meta")},
+        {**whole, second: "text"},
         {**whole, second: whole[second].to(torch.complex64)},
         {first: whole[first][:2], second: whole[second][:2]},
     ):
         with pytest.raises(RuntimeError, match="PackedExperts"):
             experts.load_state_dict(broken)
         assert torch.equal(experts.dequantized(), before)
+
+
+def test_torch_does_not_save_it_as_a_pickle(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"torch\.save: a module with packed layers"):
+        torch.save(nn.Sequential(stack()), tmp_path / "model.pt")
+    torch.save(stack().state_dict(), tmp_path / "parts.pt")
+    assert set(torch.load(tmp_path / "parts.pt")) == set(stack().state_dict())
+
+
+def test_only_the_chosen_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, dequantize = stack(), PackedWeight.dequantized
+    want, seen = experts.dequantized(), []
+
+    def counted(self: PackedWeight) -> torch.Tensor:
+        seen.append(self)
+        return dequantize(self)
+
+    monkeypatch.setattr(PackedWeight, "dequantized", counted)
+    assert torch.equal(experts[torch.tensor([2, 0, 2, 2])], want[[2, 0, 2, 2]])
+    assert [id(each) for each in seen] == [id(experts._experts[0]), id(experts._experts[2])]
 
 
 def test_offsets_that_lead_out_of_the_stream() -> None:

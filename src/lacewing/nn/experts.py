@@ -15,6 +15,7 @@ from lacewing import native
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
+from lacewing.nn.linear import _saved_by_torch
 from lacewing.nn.weight import PackedWeight
 
 __all__ = ["PackedExperts", "TransposedWeight", "join"]
@@ -165,7 +166,7 @@ class PackedExperts(Module):
         ]
         if not missing:
             try:
-                parts = {name: state_dict[key].numpy() for name, key in keys.items()}
+                parts = {name: _array(state_dict[key]) for name, key in keys.items()}
                 self._set_packed(PackedTensor(self.format, self.matrix_shape, parts))
             except (FormatError, TypeError, ValueError, IndexError) as error:
                 error_msgs.append(f"`{prefix.rstrip('.')}`: not experts in {self.format}: {error}")
@@ -177,6 +178,14 @@ class PackedExperts(Module):
         new.__dict__.update(self.__dict__)
         new.__dict__["_buffers"] = dict(self._buffers)
         return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if _saved_by_torch():
+            raise RequestError(
+                "torch.save: a module with packed layers is not saved as a pickle",
+                hint="save its state_dict(), with torch.save or safetensors",
+            )
+        return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_experts"}
@@ -243,6 +252,14 @@ def join(packed: Sequence[PackedTensor]) -> PackedTensor:
     np.concatenate(streams, out=joined)
     offsets = np.stack([p.parts["offsets"] + at for p, at in zip(packed, begins, strict=True)])
     return PackedTensor(format, shape, {"stream": joined, "offsets": offsets})
+
+
+def _array(part: Any) -> Array:
+    if not isinstance(part, torch.Tensor) or part.device.type != "cpu":
+        place = f" on {part.device}" if isinstance(part, torch.Tensor) else ""
+        raise FormatError(f"parts must be tensors on the CPU, got a {type(part).__name__}{place}")
+    array: Array = part.detach().numpy()
+    return array
 
 
 def _stacked(parts: Sequence[Array]) -> Array:
