@@ -213,6 +213,15 @@ def test_state_dict_copies_and_attributes() -> None:
     assert isinstance(packed.out_proj, Linear)
 
 
+def test_what_was_set_on_the_output_projection() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(E, HEADS)).eval()
+    model[0].out_proj.mark = "mine"
+    model[0].mark = "too"
+    replace_linear(model, "w8a8g32")
+    assert (model[0].out_proj.mark, model[0].mark) == ("mine", "too")
+    assert not any(each.training for each in model.modules())
+
+
 def test_a_pattern_for_the_output_projection_names_the_layer() -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, HEADS))
     report = replace_linear(model, "w8a8g32", exclude="*.out_proj")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lacewing
-from lacewing.errors import FormatError
+from lacewing.errors import FormatError, RequestError
 from lacewing.formats import FORMATS
 
 torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
@@ -126,6 +126,15 @@ def test_the_weight_reads_as_that_of_a_convolution() -> None:
     assert new.weight.shape == (48, 32, 1, 1)
     assert torch.equal(new.weight[:, :, 0, 0], new.linear.weight.dequantized())
     assert new.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_cannot_be_assigned(name: str) -> None:
+    new = packed(nn.Conv2d(32, 48, 1))
+    with pytest.raises(RequestError, match=f"lacewing.nn.Conv2d: `{name}` is that of its `linear`"):
+        setattr(new, name, nn.Parameter(torch.ones(48)))
+    new.linear.bias = nn.Parameter(torch.ones(48))
+    assert torch.equal(new.bias, torch.ones(48))
 
 
 def test_state_dict_and_copies() -> None:

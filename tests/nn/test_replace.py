@@ -409,15 +409,22 @@ def test_hooks_move_to_the_new_layer() -> None:
             lambda m, args, kwargs: seen.append("named"), with_kwargs=True
         ),
         layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+        layer.register_full_backward_pre_hook(lambda *_: seen.append("before backward")),
+        layer.register_forward_hook(lambda *_: seen.append("always"), always_call=True),
     ]
     report = replace_linear(model)
     model(torch.randn(2, 64, requires_grad=True)).sum().backward()
-    assert seen == ["before", "named", "lacewing.nn.linear", "backward"]
+    ahead = ["before", "named"]
+    behind = ["before backward", "backward"]
+    assert seen == [*ahead, "lacewing.nn.linear", "always", *behind]
     assert "keeps its hooks" in report["2"].notes
+    with pytest.raises(FormatError):
+        model[2](torch.randn(2, 63))
+    assert seen[6:] == [*ahead, "always"]
     for handle in handles:
         handle.remove()
     model(torch.randn(2, 64))
-    assert len(seen) == 4
+    assert len(seen) == 9
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -462,6 +469,9 @@ def test_another_device() -> None:
         ({"per_layer": {"2": "w4a8g32z"}, "sparsity": 0.5}, "cannot hold pruned weights"),
         ({"format": "w8a8g64_24", "sparsity": 0.7}, "drops exactly half"),
         ({"machine": "z80"}, "`machine` must be one of"),
+        ({"format": None}, "`format` must be the name of a weight format, got None"),
+        ({"sparsity": "0.5"}, r"`sparsity` must be a number in \[0, 1\) or None, got '0.5'"),
+        ({"per_layer": {"2": ["w8a8g64"]}}, r"`per_layer\['2'\]` must be the name"),
     ],
     ids=str,
 )
@@ -472,6 +482,20 @@ def test_bad_formats(options: dict[str, Any], message: str) -> None:
         replace_linear(model, progress=lambda *call: seen.append(call), **options)
     assert seen == []  # before a weight is read
     assert len(linears(model)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_layer": [("2", "w8a8g64")]}, "`per_layer` must be a mapping of patterns, got"),
+        ({"per_layer": []}, r"`per_layer` must be a mapping of patterns, got \[\]"),
+        ({"progress": 3}, "`progress` must be callable or None, got 3"),
+    ],
+    ids=str,
+)
+def test_other_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        replace_linear(net(), **options)
 
 
 @pytest.mark.parametrize("threads", [0, 1.5, "2"])

@@ -57,7 +57,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
         self.register_parameter("bias_k", dense.bias_k)
         self.register_parameter("bias_v", dense.bias_v)
-        self.train(dense.training)
 
     @property
     def in_proj_weight(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from lacewing.errors import FormatError
+from lacewing.errors import FormatError, RequestError
 from lacewing.nn.linear import Linear
 
 __all__ = ["Conv1d", "Conv2d"]
@@ -32,7 +32,6 @@ class _Pointwise(Module):
         own = self.__dict__
         own.update({name: value for name, value in dense.__dict__.items() if name not in own})
         self.linear = linear
-        self.train(dense.training)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -42,6 +41,15 @@ class _Pointwise(Module):
     @property
     def bias(self) -> torch.nn.Parameter | None:
         return self.linear.bias
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        if name in ("weight", "bias"):
+            raise RequestError(
+                f"lacewing.nn.{type(self).__name__}: `{name}` is that of its `linear` and cannot be"
+                " assigned",
+                hint="assign `linear.bias`" if name == "bias" else "replace a dense layer instead",
+            )
+        super().register_parameter(name, param)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         channels = x.ndim - 1 - self._dims

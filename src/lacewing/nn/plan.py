@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,15 @@ def choose_layers(
     if wanted == []:
         raise RequestError("`include` is empty: no layer would be replaced")
     unwanted = patterns("exclude", exclude)
+    if not isinstance(per_layer, Mapping):
+        raise RequestError(f"`per_layer` must be a mapping of patterns, got {per_layer!r}")
     formats = [(Pattern("per_layer", key), value) for key, value in per_layer.items()]
-    for name in {format, *(value for _, value in formats if value is not None)}:
-        _check_format(name, sparsity, auto)
+    if sparsity is not None and not isinstance(sparsity, Real):
+        raise FormatError(f"`sparsity` must be a number in [0, 1) or None, got {sparsity!r}")
+    _check_format("format", format, sparsity, auto)
+    for pattern, name in formats:
+        if name is not None:
+            _check_format(f"per_layer[{pattern}]", name, sparsity, auto)
     layers = list(layers_of(model))
     chosen: list[tuple[Layer, str]] = []
     left: list[LayerReport] = []
@@ -168,8 +175,10 @@ def _choose(
     return _Chosen(format)
 
 
-def _check_format(name: str, sparsity: float | None, auto: bool) -> None:
+def _check_format(where: str, name: str, sparsity: float | None, auto: bool) -> None:
     """Raises FormatError for a format that there is not, or that cannot have the sparsity."""
+    if not isinstance(name, str):
+        raise FormatError(f"`{where}` must be the name of a weight format, got {name!r}")
     if name == AUTO:
         if not auto:
             raise FormatError(
@@ -190,7 +199,7 @@ def _site(layer: Layer, name: str, sparsity: float | None, weights: Weights) -> 
     tensors, key = weights.of(layer.names, found)
     own = tensors[0].own_format
     kind = get_format((own or "w8a8g64") if name == AUTO else name)
-    _check_format(kind.name, sparsity, False)
+    _check_format(layer.names[0], kind.name, sparsity, False)
     return Site(layer, found, kind, tensors, (key, kind.name, len(found.matrices)))
 
 

@@ -9,9 +9,10 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
+from lacewing.nn.linear import _FLOATS
+
 __all__ = ["more_than", "not_pointwise", "unreadable", "unreadable_any"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",

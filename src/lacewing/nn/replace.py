@@ -23,7 +23,7 @@ from lacewing import native
 from lacewing.checkpoint.breakeven import MACHINES
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.packing import AHEAD, Job, packing_threads
-from lacewing.errors import FormatError
+from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built
 from lacewing.nn.plan import Plan, Site, make_plan
@@ -80,7 +80,10 @@ def replace_linear(
     that is compressed in a way that is not implemented).
     """
     threads = native.check_threads(threads) or None
-    plan = make_plan(model, format, sparsity, include, exclude, per_layer or {}, checkpoint)
+    if progress is not None and not callable(progress):
+        raise RequestError(f"`progress` must be callable or None, got {progress!r}")
+    own = {} if per_layer is None else per_layer
+    plan = make_plan(model, format, sparsity, include, exclude, own, checkpoint)
     target = target_machine(machine)
     with Spill() as spill, packing_threads(threads) as pool:
         made = list(_pack(plan, sparsity, target, pool, spill, progress))
