@@ -341,12 +341,14 @@ def test_what_a_packed_layer_would_lose() -> None:
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv1d(8, 8, 1)])
 def test_a_compiled_layer_stays(make: Any) -> None:
     """What it was compiled to would go on to run the dense one."""
-    model = nn.Sequential(make(), nn.MultiheadAttention(8, 2))
+    wrapped = torch.compile(make(), backend="eager")
+    model = nn.Sequential(make(), nn.MultiheadAttention(8, 2), wrapped)
     model[0].compile(backend="eager")
     model[1].out_proj.compile(backend="eager")
     why = reasons(model)
     assert why["0"] == "it is compiled: replace first, then compile"
     assert why["1"] == f"its out_proj: {why['0']}"
+    assert why["2._orig_mod"] == why["0"]
 
 
 def test_quantized_by_torchao() -> None:

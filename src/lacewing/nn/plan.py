@@ -17,6 +17,7 @@ from lacewing.checkpoint import AUTO, SourceTensor
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import Format, get_format
 from lacewing.nn.candidates import WHOLE, Candidate, LeftAlone, candidates_of
+from lacewing.nn.reasons import COMPILED
 from lacewing.nn.registration import check_saving
 from lacewing.nn.report import LayerReport
 from lacewing.nn.targets import Pattern, check_used, patterns
@@ -263,6 +264,8 @@ def _layer(
             " `lacewing.nn.Linear.from_dense(model, format)`",
         )
     slots = tuple((modules[_parent(name)], name.rpartition(".")[2]) for name in names)
+    if any(slot == "_orig_mod" for _, slot in slots):  # of what torch.compile(layer) returns
+        found = LeftAlone(found.shape, COMPILED)
     return Layer(tuple(names), slots, module, lineage, found)
 
 

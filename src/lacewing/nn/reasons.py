@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lacewing.nn.linear import _FLOATS
 
-__all__ = ["more_than", "not_pointwise", "unreadable", "unreadable_any"]
+__all__ = ["COMPILED", "more_than", "not_pointwise", "unreadable", "unreadable_any"]
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -19,6 +19,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+COMPILED = "it is compiled: replace first, then compile"
+"""What it was compiled to would go on to run the dense layer."""
 _STATE_METHODS = ("_save_to_state_dict", "_load_from_state_dict")
 _ABOUT_DENSE = ("extra_repr", "reset_parameters")
 """What a subclass may say anew: packed weights are shown in another way, and never reset."""
@@ -32,7 +34,7 @@ def more_than(dense: type[Any], module: Module, holds: Collection[str]) -> str |
     if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
         return None  # a class of its own until it has a shape
     if module._compiled_call_impl is not None:
-        return "it is compiled: replace first, then compile"
+        return COMPILED
     if any(getattr(module, name, None) for name in _STATE_HOOKS):
         return "it has hooks on its state_dict"
     return _own_method(dense, module) or _own_part(module, holds)
