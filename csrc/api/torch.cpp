@@ -56,6 +56,7 @@ class OwnedTensor {
   Tensor get() const { return handle_; }
   Tensor release() { return std::exchange(handle_, nullptr); }
   void* data() const { return read(api.aoti_torch_get_data_ptr, handle_); }
+  bool contiguous() const { return read(api.aoti_torch_is_contiguous, handle_); }
   int32_t dtype() const { return read(api.aoti_torch_get_dtype, handle_); }
   size_t bytes() const {
     return static_cast<size_t>(read(api.aoti_torch_get_numel, handle_)) *
@@ -141,6 +142,7 @@ PackedTensor weight_of(const OwnedTensor& first, const OwnedTensor& second, int 
   for (int p = 0; p < kFormatInfo[format].parts; ++p) {
     require(bool(*parts[p]),
             std::string("the part `") + kFormatInfo[format].part_names[p] + "` is missing");
+    require(parts[p]->contiguous(), "parts must be contiguous");
     w.parts[p] = static_cast<const uint8_t*>(parts[p]->data());
     w.part_bytes[p] = parts[p]->bytes();
     require(reinterpret_cast<uintptr_t>(w.parts[p]) % 8 == 0, "parts must be 8-byte aligned");
@@ -340,7 +342,7 @@ const float* bias_of(const KernelTable& table, const OwnedTensor& bias, int64_t 
   const int64_t count = read(api.aoti_torch_get_numel, bias.get());
   require(count == n,
           "bias must be [" + std::to_string(n) + "], got " + std::to_string(count) + " values");
-  require(read(api.aoti_torch_is_contiguous, bias.get()), "bias must be contiguous");
+  require(bias.contiguous(), "bias must be contiguous");
   if (type == Float::f32) return static_cast<const float*>(bias.data());
   auto* space = reinterpret_cast<float*>(bias_space.take(static_cast<size_t>(n) * 4));
   table.widen(type, bias.data(), n, space);

@@ -236,16 +236,19 @@ void gemm_tile(const LinearArgs& a, GemmScratch& t, int64_t first, int64_t count
     for (; s < end - begin; ++s)
       multiply_depth<S, F, 1>(x, t, first, count, g, groups, cursors + s, sums + s);
   }
+  const LinearArgs out = a;  // a copy that no store to y can change
+  [[maybe_unused]] alignas(64) float scales[kStripPanel][kStrip];
+  if constexpr (F::kRowScale)
+    for (int64_t s = 0; s < end - begin; ++s) S::store(scales[s], F::template scale<S>(cursors[s]));
   for (int64_t r = 0; r < count; ++r) {
-    prefetch_outputs(a, first + r, begin, end);
+    prefetch_outputs(out, first + r, begin, end);
     for (int64_t s = begin; s < end; ++s) {
       if constexpr (F::kRowScale)
-        write_outputs<S>(
-            a, s, first + r,
-            scale_row<S, F>(S::load_i32(sums[s - begin][r]),
-                            F::template scale<S>(cursors[s - begin]), x.scale[first + r]));
+        write_outputs<S>(out, s, first + r,
+                         scale_row<S, F>(S::load_i32(sums[s - begin][r]),
+                                         S::load(scales[s - begin]), x.scale[first + r]));
       else
-        write_outputs<S>(a, s, first + r, S::load(sums[s - begin][r]));
+        write_outputs<S>(out, s, first + r, S::load(sums[s - begin][r]));
     }
   }
 }

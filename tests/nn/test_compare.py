@@ -192,8 +192,8 @@ def command(place: Path, *arguments: str, **environment: str) -> subprocess.Comp
 def test_the_command_prints_tables_and_json(own_module: Path) -> None:
     run = command(own_module, "own_models:pair", "--rounds", "1", "--threads", "1")
     assert run.returncode == 0, run.stderr
-    assert "speedup" in run.stdout
-    assert "Linear 32x64" in run.stdout
+    assert "packed ms" in run.stdout
+    assert "1 x 32x64" in run.stdout
     assert "1 threads" in run.stderr
     run = command(own_module, "own_models:pair", "--rounds", "1", "--json", "--format", "w4a8g64")
     found: dict[str, Any] = json.loads(run.stdout)

@@ -140,6 +140,8 @@ def test_bias_of_any_float_type(dtype: torch.dtype) -> None:
 
 def test_it_is_a_linear_of_pytorch() -> None:
     layer = packed()
+    assert not layer.training
+    assert Linear.from_dense(dense(72, 200)).training
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (200, 72)
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
@@ -181,6 +183,33 @@ def test_backward_through_input_and_bias(format: str) -> None:
     assert torch.allclose(layer.bias.grad, grad.sum((0, 1)), rtol=0, atol=6 * 2.0**-23 * 6)
 
 
+def test_bias_alone_takes_a_gradient_and_gradients_have_gradients() -> None:
+    layer = packed("w8a8g64")
+    assert layer.bias is not None
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(4, 200)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((72,), 4.0))
+    x = torch.randn(2, 200, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    # d/dx of sum(2 y W) is 2 W^T W 1, the same for every row.
+    dense = (layer.weight + 0).double()
+    wanted = 2 * dense.T @ dense.sum(1)
+    bound = 2 * dense.abs().T @ dense.abs().sum(1) * 272 * 2.0**-23
+    assert (second.double() - wanted).abs().le(bound).all()
+
+
+def test_the_default_type_does_not_change_the_gradient() -> None:
+    layer = packed("w8a8g64")
+    grad = torch.randn(5, 72)
+    before = ops.linear_backward(grad, *layer.parts(), "w8a8g64", 72, 200)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(ops.linear_backward(grad, *layer.parts(), "w8a8g64", 72, 200), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_backward_of_a_weight_that_is_dequantized_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -202,6 +231,8 @@ def test_the_weight_takes_no_gradient() -> None:
         lambda: layer.weight.add_(1),
         lambda: layer.weight.data.mul_(2),
         lambda: layer.weight.copy_(torch.ones(72, 200)),
+        lambda: layer.weight.share_memory_(),
+        lambda: setattr(layer, "weight", torch.ones(72, 200)),
         lambda: setattr(layer, "weight", nn.Parameter(torch.ones(72, 200))),
     ]
     before = layer.weight + 0
@@ -223,6 +254,7 @@ def test_opcheck(format: str) -> None:
         opcheck(ops.linear, (x, *parts, layer.bias, format, 72, 200))
     opcheck(ops.linear_no_grad, (torch.randn(2, 200), *parts, None, format, 72, 200))
     opcheck(ops.linear_backward, (torch.randn(2, 72), *parts, format, 72, 200))
+    opcheck(ops.dequantize, (*parts, format, 72, 200))
 
 
 def test_compiled_whole() -> None:
@@ -233,6 +265,9 @@ def test_compiled_whole() -> None:
         assert torch.equal(compiled(x), model(x))
     with torch.inference_mode():
         assert torch.equal(compiled(x), model(x))
+    layer = packed("w8a8g64")
+    read = torch.compile(lambda x: x @ layer.weight.T + layer.weight.sum(), backend="aot_eager")
+    assert torch.equal(read(x), x @ (layer.weight + 0).T + (layer.weight + 0).sum())
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     compiled(a).sum().backward()
     model(b).sum().backward()
@@ -260,8 +295,13 @@ def test_autocast() -> None:
     x = torch.randn(3, 200)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-    assert y.dtype == torch.bfloat16
+        by_weight = nn.functional.linear(x, layer.weight, layer.bias)
+        for other in (torch.float64, torch.int64):  # autocast leaves these alone
+            with pytest.raises(FormatError, match="needs x in float32, bfloat16"):
+                layer(x.to(other))
+    assert y.dtype == by_weight.dtype == torch.bfloat16
     assert torch.equal(y, layer(x.bfloat16()))
+    assert torch.equal(y, by_weight)
 
 
 def test_an_older_pytorch_gets_the_same_through_numpy() -> None:
@@ -303,6 +343,10 @@ def test_the_operator_checks_what_it_is_given() -> None:
         ({"part_0": stream[1:]}, "aligned"),
         ({"bias": torch.ones(71)}, "bias must be"),
         ({"bias": torch.ones(144)[::2]}, "contiguous"),
+        ({"part_0": stream.repeat_interleave(2)[::2]}, "parts must be contiguous"),
+        ({"part_0": stream[:1].expand(len(stream))}, "parts must be contiguous"),
+        ({"part_0": stream.to("meta")}, "must be on the CPU"),
+        ({"bias": torch.ones(72, device="meta")}, "must be on the CPU"),
         ({"bias": torch.ones(72, dtype=torch.int64)}, "bias must be float32"),
         ({"format": "w9a9"}, "no weight format `w9a9`"),
         ({"n": 81}, "not in w8a8g64_sp"),
@@ -329,6 +373,16 @@ def test_wrong_inputs() -> None:
 
 def test_wrong_constructions() -> None:
     good = packed().packed
+    with pytest.raises(FormatError, match=r"bias must be one of .* got torch\.float64"):
+        Linear(good, torch.ones(72, dtype=torch.float64))
+    strided = Linear(good, torch.ones(72, 2)[:, 0])
+    assert_same(strided, torch.randn(3, 200))
+    for wrong in (packed(), nn.Linear(200, 72, device="meta")):
+        with pytest.raises(RequestError, match="needs a dense layer on the CPU"):
+            Linear.from_dense(wrong)
+    strided.bias = nn.Parameter(torch.ones(3))
+    with pytest.raises(FormatError, match=r"needs a bias \[72\], got \[3\]"):
+        strided(torch.randn(3, 200))
     with pytest.raises(FormatError, match=r"bias must be \[72\], got \[3\]"):
         Linear(good, torch.ones(3))
     with pytest.raises(FormatError, match="`dtype`"):
@@ -374,6 +428,41 @@ def test_state_dict_round_trip(format: str) -> None:
     assert torch.equal(other[0].weight + 0, model[0].weight + 0)
 
 
+@pytest.mark.parametrize("format", ["w4a8g64", "w8a8g64_sp"])
+def test_what_is_loaded_is_copied(format: str) -> None:
+    """A file's parts begin anywhere; what is written to them afterwards is not read."""
+    layer, x = packed(format), torch.randn(3, 200)
+    wanted = layer(x)
+    state = {
+        name: torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+        for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(layer(x), wanted)
+
+
+def test_buffers_and_children_of_ones_own() -> None:
+    layer = packed()
+    layer.register_buffer("smooth", torch.arange(3.0))
+    layer.extra = nn.Linear(2, 2)
+    other = packed()
+    other.register_buffer("smooth", torch.zeros(3))
+    other.extra = nn.Linear(2, 2)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.smooth, layer.smooth)
+    assert torch.equal(other.extra.weight, layer.extra.weight)
+    copied = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(copied.smooth, layer.smooth)
+    layer._apply(lambda tensor: tensor + 1)  # of what is not packed, all
+    assert layer.bias is not None
+    assert other.bias is not None
+    assert torch.equal(layer.bias, other.bias + 1)
+    assert torch.equal(layer.smooth, other.smooth + 1)
+    assert torch.equal(layer.codes, other.codes)
+
+
 def test_lying_state_dicts() -> None:
     model = nn.Sequential(packed("w8a8g64_sp"))
     x = torch.randn(3, 200)
@@ -385,7 +474,10 @@ def test_lying_state_dicts() -> None:
         ({"0.weight.offsets": offsets}, "w8a8g64_sp"),
         ({"0.weight.stream": good["0.weight.stream"][:-64].clone()}, "w8a8g64_sp"),
         ({"0.weight.stream": good["0.weight.stream"].to(torch.int16)}, "must be uint8"),
-        ({"0.bias": torch.ones(3)}, r"`0.bias` must be \[72\], got \[3\]"),
+        ({"0.weight.stream": good["0.weight.stream"].to("meta")}, "on the CPU, got one on meta"),
+        ({"0.weight.stream": "a stream"}, "tensors on the CPU, got str"),
+        ({"0.weight.offsets": good["0.weight.offsets"].bfloat16()}, "got torch.bfloat16"),
+        ({"0.bias": torch.ones(3)}, "size mismatch for 0.bias"),
         ({"0.weight": torch.ones(72, 200)}, "is dense"),
         ({"0.weight.scales": torch.ones(3)}, "Unexpected"),
     ]
@@ -411,7 +503,16 @@ def test_copies() -> None:
         deep.bias += 1
     assert not torch.equal(deep(x), layer(x))
     assert shallow.bias is layer.bias
+    shallow.bias = None
+    shallow.register_buffer("mine", torch.ones(1))
+    assert layer.bias is not None
+    assert "mine" not in dict(layer.named_buffers())
+    assert torch.equal(copy.deepcopy(layer.weight) + 0, layer.weight + 0)
     assert deep.codes.data_ptr() == layer.codes.data_ptr()  # never changes, so it is shared
+
+
+def _doubled(module: Any, inputs: Any, output: Any) -> Any:
+    return 2 * output
 
 
 @pytest.mark.parametrize("format", ["w4a8g64", "bf16", "w8a8g64_sp"])
@@ -421,6 +522,13 @@ def test_pickled(format: str) -> None:
     x = torch.randn(3, 200)
     assert torch.equal(copied(x), model(x))
     assert not copied[0].training
+    hooked = packed()
+    hooked.register_forward_hook(_doubled)
+    assert hooked.bias is not None
+    hooked.bias.requires_grad_(True)
+    again = pickle.loads(pickle.dumps(hooked))
+    assert torch.equal(again(x), 2 * packed()(x))
+    assert again.bias.requires_grad
     with pytest.raises(RequestError, match=r"torch\.save") as caught:
         torch.save(model, io.BytesIO())
     assert caught.value.hint is not None

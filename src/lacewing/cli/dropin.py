@@ -49,23 +49,14 @@ def measure(
 
 
 def _show(found: Comparison, dtype: str) -> None:
-    columns = (
-        "run",
-        f"{dtype} ms",
-        "replaced ms",
-        "speedup",
-        "spread",
-        "of it in these layers ms",
-        "error",
-        "cosine",
-        "same choice",
-    )
-    screen.print_table(columns, list(_runs(found)))
+    times = (f"{dtype} ms", "packed ms", "gain")
+    screen.print_table(("run", *times, "spread", "in layers ms"), list(_runs(found)))
     screen.print_table(
-        ("run", "layers", "weight", "format", "error", f"{dtype} ms", "replaced ms", "speedup"),
-        list(_layers(found)),
-        gap=True,
+        ("outputs of", "error", "cosine", "same choice"), list(_outputs(found)), gap=True
     )
+    for each in found.timings:
+        rows = list(_layers(found, each.run))
+        screen.print_table((f"layers in {each.run}", "weight", "format", *times), rows, gap=True)
     before, after = found.dense_bytes, found.replaced_bytes
     layers, left = len(found.report.replaced), len(found.report.left_alone)
     screen.note(
@@ -85,21 +76,28 @@ def _runs(found: Comparison) -> Iterator[tuple[str, ...]]:
             f"{each.speedup:.2f}x",
             f"{spread:.0%}",
             f"{each.dense_layers * 1e3:.1f} / {each.replaced_layers * 1e3:.1f}",
+        )
+
+
+def _outputs(found: Comparison) -> Iterator[tuple[str, ...]]:
+    for each in found.timings:
+        yield (
+            each.run,
             "-" if each.error is None else f"{each.error:.2%}",
             "-" if each.cosine is None else f"{each.cosine:.4f}",
             f"{each.agreement:.1%}",
         )
 
 
-def _layers(found: Comparison) -> Iterator[tuple[str, ...]]:
+def _layers(found: Comparison, run: str) -> Iterator[tuple[str, ...]]:
     for layer in found.by_place():
+        if layer.run != run:
+            continue
         shape = "x".join(str(length) for length in layer.shape)
         yield (
-            layer.run,
             layer.name,
-            f"{layer.count} x {layer.kind} {shape}",
+            f"{layer.count} x {shape}",
             layer.format,
-            f"{layer.error:.2%}",
             f"{layer.dense * 1e3:.2f}",
             f"{layer.replaced * 1e3:.2f}",
             f"{layer.dense / layer.replaced:.2f}x" if layer.replaced else "-",

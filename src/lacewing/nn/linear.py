@@ -18,11 +18,12 @@ from lacewing import native
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format, pack
 from lacewing.nn import ops
+from lacewing.nn.ops import FLOATS
+from lacewing.nn.spill import in_memory
 from lacewing.nn.weight import PackedWeight
 
 __all__ = ["Linear"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STAYS = "its kernels are for CPUs: move the dense model instead"
 
 
@@ -50,22 +51,28 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         dtype: torch.dtype = torch.float32,
     ) -> None:
         Module.__init__(self)
-        if dtype not in _FLOATS:
-            raise FormatError(f"`dtype` must be one of {_FLOATS}, got {dtype}")
+        if dtype not in FLOATS:
+            raise FormatError(f"`dtype` must be one of {FLOATS}, got {dtype}")
         self.out_features, self.in_features = packed.shape
         self.format = packed.format
         self.dtype = dtype
         self._set_packed(packed)
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise FormatError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
-        frozen = None if bias is None else Parameter(bias.detach(), requires_grad=False)
+        if bias is not None and bias.dtype not in FLOATS:
+            raise FormatError(f"bias must be one of {FLOATS}, got {bias.dtype}")
+        frozen = None if bias is None else Parameter(bias.detach().contiguous(), False)
         self.register_parameter("bias", frozen)
 
     @classmethod
     def from_dense(
         cls, linear: torch.nn.Linear, format: str = "w8a8g64", sparsity: float | None = None
     ) -> Linear:
-        """`linear` rounded to nearest and packed (see `lacewing.pack`). Raises FormatError."""
+        """`linear` rounded to nearest and packed (see `lacewing.pack`). Raises FormatError, and
+        RequestError for a layer that has no dense weight in memory."""
+        if isinstance(linear, Linear) or linear.weight.device.type != "cpu":
+            what = "a packed" if isinstance(linear, Linear) else f"one on {linear.weight.device}"
+            raise RequestError(f"Linear.from_dense: needs a dense layer on the CPU, got {what}")
         new = cls(pack(linear.weight, format, sparsity), linear.bias, dtype=linear.weight.dtype)
         return new.train(linear.training)
 
@@ -73,6 +80,10 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
     def weight(self) -> PackedWeight:
         """The weight as a tensor, dequantized when it is read."""
         return self._weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise _packed_already()
 
     @property
     def packed(self) -> PackedTensor:
@@ -96,7 +107,7 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
+            x = ops.autocast(x)
         first, second = self._names
         buffers, bias = self._buffers, self._parameters["bias"]
         needed = x.requires_grad or (bias is not None and bias.requires_grad)
@@ -122,7 +133,7 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
             raise RequestError(
                 f"{where} computes on the CPU, got x on {x.device}", hint="move x: x.to('cpu')"
             ) from error
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise FormatError(
                 f"{where} needs x in float32, bfloat16 or float16, got {x.dtype}",
                 hint="convert it: x.float()",
@@ -131,6 +142,10 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
             raise FormatError(
                 f"{where} needs x [..., {self.in_features}], got {list(x.shape)}"
             ) from error
+        if self.bias is not None and tuple(self.bias.shape) != (self.out_features,):
+            raise FormatError(
+                f"{where} needs a bias [{self.out_features}], got {list(self.bias.shape)}"
+            ) from error
         raise error
 
     def extra_repr(self) -> str:
@@ -138,11 +153,7 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         if name == "weight":
-            raise RequestError(
-                "lacewing.nn.Linear: `weight` is packed and cannot be assigned",
-                hint="put a new torch.nn.Linear in its place, or pack the new weight:"
-                " lacewing.nn.Linear(lacewing.pack(weight, format), bias)",
-            )
+            raise _packed_already()
         super().register_parameter(name, param)
 
     # -- elsewhere and otherwise ------------------------------------------------------------------
@@ -163,17 +174,23 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
             raise RequestError(
                 f"{where} stands for a weight in {self.dtype}, asked for {probe.dtype}",
                 hint="it takes x of any float type as it is; to convert the rest of the model, do"
-                " it before replace_linear",
+                " it before replace_linear (what this call has converted already goes back with"
+                f" model.to({self.dtype}))",
             )
-        if self.bias is not None:
-            self.bias.data = fn(self.bias.data)
+        parts = {name: self._buffers.pop(name) for name in self._part_names()}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(parts)
         return self
 
+    def _part_names(self) -> tuple[str, ...]:
+        return get_format(self.format).part_names
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, buffer in self._buffers.items():
-            destination[f"{prefix}weight.{name}"] = buffer
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._part_names():
+            destination[f"{prefix}weight.{name}"] = self._buffers[name]
 
     def _load_from_state_dict(
         self,
@@ -185,43 +202,33 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        keys = {name: f"{prefix}weight.{name}" for name in self._buffers}
-        expected = [*keys.values(), *([f"{prefix}bias"] if self.bias is not None else [])]
-        missing_keys += [key for key in expected if key not in state_dict]
-        dense = f"{prefix}weight" in state_dict
-        unexpected_keys += [
-            key
-            for key in state_dict
-            if key.startswith(prefix) and key not in expected and not dense
-        ]
-        if dense:
+        keys = {name: f"{prefix}weight.{name}" for name in self._part_names()}
+        missing_keys += [key for key in keys.values() if key not in state_dict]
+        if f"{prefix}weight" in state_dict:
             error_msgs.append(
                 f"`{prefix}weight` is dense and this layer is packed in {self.format}: load the"
                 " state dict into the dense model, then replace its layers"
             )
         if all(key in state_dict for key in keys.values()):
             self._load_parts({name: state_dict[key] for name, key in keys.items()}, error_msgs)
-        if self.bias is not None and f"{prefix}bias" in state_dict:
-            self._load_bias(state_dict[f"{prefix}bias"], prefix, error_msgs)
+        unknown: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unknown, error_msgs
+        )
+        ours = {f"{prefix}weight", *keys.values()}
+        unexpected_keys += [key for key in unknown if key not in ours]
 
-    def _load_parts(self, parts: dict[str, torch.Tensor], errors: list[str]) -> None:
+    def _load_parts(self, parts: dict[str, Any], errors: list[str]) -> None:
+        """Copies them, as PyTorch does: what a caller then writes to his own is not read here, and
+        parts from a file begin wherever they like."""
         shape = (self.out_features, self.in_features)
         try:
-            arrays = {name: part.detach().numpy() for name, part in parts.items()}
+            arrays = {name: _array(part) for name, part in parts.items()}
             packed = PackedTensor(self.format, shape, arrays)
             get_format(self.format).validate(packed)
-            self._set_packed(packed)
-        except (FormatError, TypeError) as error:
+            self._set_packed(in_memory(packed))
+        except FormatError as error:
             errors.append(f"a {self.format} weight {list(shape)}: {error}")
-
-    def _load_bias(self, bias: torch.Tensor, prefix: str, errors: list[str]) -> None:
-        assert self.bias is not None
-        if bias.shape != self.bias.shape:
-            wanted, got = list(self.bias.shape), list(bias.shape)
-            errors.append(f"`{prefix}bias` must be {wanted}, got {got}")
-            return
-        with torch.no_grad():
-            self.bias.copy_(bias)
 
     # -- copies -----------------------------------------------------------------------------------
 
@@ -241,18 +248,26 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if _saved_by_torch():
+        if saved_by_torch():
             raise RequestError(
                 "torch.save: a module with packed layers is not saved as a pickle",
                 hint="save its state_dict(), with torch.save or safetensors",
             )
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        names = self._part_names()
+        parts = save_safetensors({name: self._buffers[name].contiguous() for name in names})
+        state = {key: value for key, value in self.__dict__.items() if key != "_weight"}
+        state["_buffers"] = {key: b for key, b in self._buffers.items() if key not in names}
         shape = (self.out_features, self.in_features)
-        flags = self.training, self.bias is not None and self.bias.requires_grad
-        return _restore, (save_safetensors(tensors), self.format, shape, str(self.dtype), flags)
+        return _restore, (parts, self.format, shape, self.dtype), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = {name: self._buffers[name] for name in self._part_names()}
+        super().__setstate__(state)
+        self._buffers.update(parts)
 
 
-def _saved_by_torch() -> bool:
+def saved_by_torch() -> bool:
+    """Whether `torch.save` is what pickles."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -261,19 +276,30 @@ def _saved_by_torch() -> bool:
     return False
 
 
-def _restore(
-    data: bytes, format: str, shape: tuple[int, int], dtype: str, flags: tuple[bool, bool]
-) -> Linear:
-    """What a pickle calls. Raises FormatError for bytes that are not such a layer."""
-    tensors = load_safetensors(data)
-    bias = tensors.pop("bias", None)
-    parts = {name.removeprefix("weight."): part.numpy() for name, part in tensors.items()}
+def _restore(data: bytes, format: str, shape: tuple[int, int], dtype: torch.dtype) -> Linear:
+    """What a pickle calls. Raises FormatError for bytes that are not such a weight."""
+    parts = {name: part.numpy() for name, part in load_safetensors(data).items()}
     packed = PackedTensor(format, shape, parts)
     get_format(format).validate(packed)
-    layer = Linear(packed, bias, dtype=getattr(torch, dtype.removeprefix("torch.")))
-    if layer.bias is not None:
-        layer.bias.requires_grad_(flags[1])
-    return layer.train(flags[0])
+    return Linear(in_memory(packed), dtype=dtype)
+
+
+def _packed_already() -> RequestError:
+    return RequestError(
+        "lacewing.nn.Linear: `weight` is packed and cannot be assigned",
+        hint="put a new torch.nn.Linear in its place, or pack the new weight:"
+        " lacewing.nn.Linear(lacewing.pack(weight, format), bias)",
+    )
+
+
+def _array(part: Any) -> Any:
+    """A part of a state dict, without PyTorch."""
+    if not isinstance(part, torch.Tensor) or part.device.type != "cpu":
+        what = f"one on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__
+        raise FormatError(f"parts must be tensors on the CPU, got {what}")
+    if part.dtype == torch.bfloat16:
+        raise FormatError("parts must be bytes, integers or float16, got torch.bfloat16")
+    return part.detach().contiguous().numpy()
 
 
 def _from_numpy(part: Any) -> torch.Tensor:

@@ -46,6 +46,9 @@ class PackedWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"PackedWeight({self.format}, shape={list(self.shape)}, dtype={self.dtype})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return self  # it never changes
+
     def packed(self) -> PackedTensor:
         """The same bytes without PyTorch."""
         n, k = self.shape
@@ -53,11 +56,12 @@ class PackedWeight(torch.Tensor):
 
     def dequantized(self) -> torch.Tensor:
         """The matrix `[n, k]` that the packed weight stands for, in `dtype`."""
-        return ops.dequantize(self.packed()).to(self.dtype)
+        n, k = self.shape
+        return ops.dequantize(self.part_0, self.part_1, self.format, n, k).to(self.dtype)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + bias` by the packed weight."""
-        arguments = (x, self.part_0, self.part_1, bias, self.format, *self.shape)
+        arguments = (ops.autocast(x), self.part_0, self.part_1, bias, self.format, *self.shape)
         y: torch.Tensor = ops.linear(*arguments)
         return y
 
@@ -82,6 +86,8 @@ class PackedWeight(torch.Tensor):
             return args[0]
         if func in _ASKING_FOR_GRADIENT or func == torch.Tensor.data.__set__:
             raise _frozen("data" if func == torch.Tensor.data.__set__ else "requires_grad")
+        if func is torch.Tensor.share_memory_:  # there is no dense memory to share
+            raise _frozen("share_memory_")
         if func is functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs or {})
             if isinstance(weight, PackedWeight) and not isinstance(x, PackedWeight):
