@@ -15,7 +15,7 @@ from lacewing import native
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
-from lacewing.nn.linear import _saved_by_torch
+from lacewing.nn.linear import saved_by_torch
 from lacewing.nn.weight import PackedWeight
 
 __all__ = ["PackedExperts", "TransposedWeight", "join"]
@@ -180,7 +180,7 @@ class PackedExperts(Module):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if _saved_by_torch():
+        if saved_by_torch():
             raise RequestError(
                 "torch.save: a module with packed layers is not saved as a pickle",
                 hint="save its state_dict(), with torch.save or safetensors",

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from lacewing.nn.linear import _FLOATS
+from lacewing.nn.ops import FLOATS
 
 __all__ = ["COMPILED", "more_than", "not_pointwise", "unreadable", "unreadable_any"]
 
@@ -69,7 +69,7 @@ def unreadable(module: Module, name: str) -> str | None:
         return None  # is an error, unless the layer is excluded
     if type(weight) is not Parameter or type(weight.data) is not torch.Tensor:
         return f"its {name} is a {type(weight).__name__}: quantized or distributed already"
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return f"its {name} is {weight.dtype}, not float32, bfloat16 or float16"
     if weight.layout != torch.strided:
         return f"its {name} is laid out as {weight.layout}"
