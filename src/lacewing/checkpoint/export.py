@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lacewing.checkpoint.convert import AUTO, TABLES, Progress, make_plan, memory_of, pack_all
+from lacewing.checkpoint.convert import AUTO, Progress, make_plan, memory_of, pack_all
 from lacewing.checkpoint.files import MAX_JSON, new_directory, write_file
 from lacewing.checkpoint.hub import CONFIG, HubSource, norms_are_offsets
 from lacewing.checkpoint.packing import Packed, Report
 from lacewing.checkpoint.safetensors import DTYPES, NAMES, SafetensorsWriter
 from lacewing.checkpoint.shards import FLOATS, FloatTensor
 from lacewing.checkpoint.source import open_source
-from lacewing.checkpoint.tensors import Source, SourceTensor
+from lacewing.checkpoint.tensors import TABLES, Source, SourceTensor
 from lacewing.checkpoint.words import pack_words
 from lacewing.errors import FormatError
 from lacewing.formats import Codes, Format, PackedTensor, get_format

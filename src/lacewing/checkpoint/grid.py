@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lacewing.checkpoint.parts import Parts
-from lacewing.checkpoint.tensors import F32, SourceTensor
+from lacewing.checkpoint.tensors import F32, Bools, SourceTensor
 from lacewing.formats import Codes, Format, get_format
 from lacewing.formats.base import ROW, row_chunks
 
@@ -155,6 +155,12 @@ class GridTensor(SourceTensor):
         with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; found by who rounds
             out *= self._per_input(self._scales(begin, last))
         return out
+
+    def nonzero(self, begin: int = 0, end: int | None = None) -> Bools:
+        last = self.shape[0] if end is None else min(end, self.shape[0])
+        zeros = self._per_input(self._all_zeros(begin, last))
+        found: Bools = self._checked_codes(begin, last) != zeros
+        return found
 
     def _per_input(self, values: npt.NDArray[T]) -> npt.NDArray[T]:
         """Values per group `[r, groups]` for every input, `[r, k]` or what broadcasts to it."""
