@@ -334,6 +334,18 @@ def parts_of(**changes: Array) -> dict[str, Array]:
     return parts | {f"{MODULE}.{name}": part for name, part in changes.items()}
 
 
+def test_an_order_that_was_never_written(tmp_path: Path) -> None:
+    """Some writers leave `g_idx` at zero where nothing is reordered."""
+    parts, weight = random_gptq(4, 32, 128, 32)
+    parts[f"{MODULE}.g_idx"] = np.zeros(128, np.int32)
+    place = write_quantized(tmp_path / "a", gptq(desc_act=False), parts)
+    tensor = open_weights(place)[f"{MODULE}.weight"]
+    assert np.array_equal(tensor.dequantize(), weight)
+    assert tensor.own_format is not None
+    with pytest.raises(CheckpointError, match="g_idx.*activation order"):
+        open_weights(write_quantized(tmp_path / "b", gptq(desc_act=True), parts))
+
+
 def test_zero_points_on_which_readers_differ(tmp_path: Path) -> None:
     parts = parts_of(qzeros=np.full((2, 2), -1, np.int32))
     tensor = open_weights(write_quantized(tmp_path / "v1", gptq(), parts))[WEIGHT]

@@ -217,4 +217,4 @@ def _g_idx(parts: Parts, k: int, group: int | None, groups: int, reordered: bool
     found = parts.array("weight_g_idx", ("I32", "I64"), (k,))
     if (found == -1).all():  # the library's mark of an order that was not kept
         return None
-    return checked_g_idx(parts, "weight_g_idx", found, group or k, groups)
+    return checked_g_idx(parts, "weight_g_idx", found, group or k, groups, reordered)
