@@ -62,7 +62,7 @@ _ACTIVATION_PARTS = (
 
 def read_compressed_tensors(place: Path, config: Config, files: Files) -> Reading:
     """Raises UnsupportedModelError and CheckpointError."""
-    schemes = Schemes(place, config)
+    schemes = Schemes(place, config, (name.rpartition(".")[0] for name in files))
     reading = Reading(notes=schemes.notes)
     modules = [*modules_with("weight_scale", files), *modules_with("compressed", files)]
     for module in dict.fromkeys([*modules_with("weight_packed", files), *modules]):
