@@ -210,7 +210,7 @@ def test_stacks_of_experts_keep_one_format(tmp_path: Path) -> None:
     from tests.nn.test_experts import mixture
 
     source = mixture("Mixtral")
-    stack = source.model.layers[0].mlp.experts.down_proj
+    stack = source.model.layers[0].mlp.experts.gate_up_proj
     with torch.no_grad():
         stack[0].view(stack.shape[1], -1, 4)[:, :, :2] = 0
     source.save_pretrained(tmp_path / "saved")
