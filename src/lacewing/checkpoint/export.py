@@ -6,7 +6,8 @@ them. What becomes of a format:
     w8a8g* w4a8g* w3a8g64         pack-quantized, symmetric, of 8, 4 and 3 bits
     w2a8g64 w1.6a8                pack-quantized, symmetric, of 3 and 2 bits
     w4a8g32z w5a8g32z             pack-quantized, asymmetric, where every minimum is a whole number
-                                  of steps below zero; a FormatError where one is not
+                                  of steps below zero, rounded to float16 (AWQ and GPTQ have such);
+                                  a FormatError where one is not
     _sp _24 _b16x1                as the dense format of the same width: zeros are written out
     bf16 bf16_sp, embedding,      as floats: of the source where it has them, bf16 of these formats,
     head, vectors                 or else f32
@@ -52,6 +53,7 @@ EXPORT = "lacewing-export.json"
 VERSION = "0.20.0"
 """The version of compressed-tensors whose files these are."""
 _WEIGHTS = "model.safetensors"
+_BF16 = ("bf16", "bf16_sp")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -159,7 +161,7 @@ def _write_floats(out: _Deferring, source: Source, tensor: SourceTensor) -> Repo
     if isinstance(source, HubSource):
         tensor = source.weights.tensors[tensor.name]  # norms as they are stored
     stored = isinstance(tensor, FloatTensor) and tensor.dtype in FLOATS
-    dtype = tensor.dtype if stored else "F32"
+    dtype = tensor.dtype if stored else "BF16" if tensor.own_format in _BF16 else "F32"
     less = np.float32(1 if _is_offset_norm(source, tensor) else 0)
     out.add_runs(tensor.name, dtype, tensor.shape, _float_runs(tensor, less))
     nbytes = DTYPES[dtype].itemsize * math.prod(tensor.shape)
@@ -177,6 +179,11 @@ def _float_runs(tensor: SourceTensor, less: np.float32) -> Iterator[Array]:
         yield tensor.array()
     elif len(tensor.shape) == 1:
         yield tensor.dequantize() - less
+    elif tensor.own_format in _BF16:
+        for run in row_chunks(*tensor.shape):
+            found = tensor.codes(*run)
+            assert found is not None
+            yield found[1].q
     else:
         yield from (tensor.dequantize(*run) for run in row_chunks(*tensor.shape))
 
@@ -210,12 +217,14 @@ def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) 
 
 
 def _zero_points(name: str, kind: Format, codes: Codes) -> npt.NDArray[np.uint8]:
-    """-minimum / scale `[n, groups]`. Raises FormatError where it is no code."""
+    """The codes `[n, groups]` of which -scale * code is the minimum, rounded to float16 as that is.
+    Raises FormatError where there is none."""
     assert codes.scales is not None and codes.mins is not None
     scales, mins = codes.scales.astype(np.float32), codes.mins.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         found = np.where(scales == 0, 0, np.round(-mins / scales))
-        wrong = (found < 0) | (found > kind.max_code) | (found * scales != -mins)
+        wrong = (found < 0) | (found > kind.max_code)
+        wrong |= (found * -scales).astype(np.float16) != codes.mins
     if wrong.any():
         row, group = np.argwhere(wrong)[0]
         raise FormatError(
