@@ -93,7 +93,7 @@ def write_compressed_tensors(
     for name, (tensor, kind) in packed.items():
         _check_groups(name, tensor.shape, kind)
     stream = pack_all(packed, sparsity, progress, threads, machine, search=False)
-    scheme = _Schemes()
+    groups = _ConfigGroups()
     with memory_of(opened), new_directory(Path(out_dir), EXPORT, force) as place:
         parts = [f"{name}_zero_point" for name in plan for _ in range(4)]
         with SafetensorsWriter(place / _WEIGHTS, parts, {"format": "pt"}, padded=False) as out:
@@ -105,10 +105,10 @@ def write_compressed_tensors(
             ]
             for name, value, report in stream:
                 begin = writer.nbytes
-                _write_weight(writer, scheme, name, value)
+                _write_weight(writer, groups, name, value)
                 reports.append(replace(report, nbytes=writer.nbytes - begin))
             writer.finish()
-        _write_config(place, opened, scheme)
+        _write_config(place, opened, groups)
         _write_tokenizer(place, opened)
         write_file(place / EXPORT, _report_json(reports).encode())
     return reports
@@ -188,7 +188,7 @@ def _float_runs(tensor: SourceTensor, less: np.float32) -> Iterator[Array]:
         yield from (tensor.dequantize(*run) for run in row_chunks(*tensor.shape))
 
 
-def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) -> None:
+def _write_weight(out: _Deferring, groups: _ConfigGroups, name: str, value: Packed) -> None:
     assert isinstance(value, PackedTensor)
     module = name.removesuffix(".weight")
     kind = get_format(value.format)
@@ -196,8 +196,8 @@ def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) 
     if codes.scales is None:
         out.add_runs(name, "BF16", value.shape, [codes.q])
         return
-    scheme = _Scheme.of(kind)
-    schemes.add(module, scheme)
+    scheme = _ConfigGroup.of(kind)
+    groups.add(module, scheme)
     signed_zero = 1 << (scheme.bits - 1)
     if kind.asymmetric:
         unsigned = codes.q
@@ -241,7 +241,7 @@ def _zero_points(name: str, kind: Format, codes: Codes) -> npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class _Scheme:
+class _ConfigGroup:
     """A group of the config."""
 
     bits: int
@@ -250,7 +250,7 @@ class _Scheme:
     format: str
 
     @classmethod
-    def of(cls, kind: Format) -> _Scheme:
+    def of(cls, kind: Format) -> _ConfigGroup:
         highest = kind.code_step * kind.max_code - kind.zero_point
         bits = kind.weight_bits
         while not kind.asymmetric and not -(1 << (bits - 1)) <= -kind.zero_point <= highest < (
@@ -282,12 +282,12 @@ class _Scheme:
 
 
 @dataclass
-class _Schemes:
+class _ConfigGroups:
     """Which modules are rounded how."""
 
-    modules: dict[_Scheme, list[str]] = field(default_factory=dict)
+    modules: dict[_ConfigGroup, list[str]] = field(default_factory=dict)
 
-    def add(self, module: str, scheme: _Scheme) -> None:
+    def add(self, module: str, scheme: _ConfigGroup) -> None:
         self.modules.setdefault(scheme, []).append(module)
 
     def as_dict(self, floats: list[str]) -> dict[str, Any]:
@@ -309,15 +309,15 @@ class _Schemes:
         }
 
 
-def _write_config(place: Path, source: Source, schemes: _Schemes) -> None:
+def _write_config(place: Path, source: Source, groups: _ConfigGroups) -> None:
     config = dict(source.config)
     for key in ("dtype", "torch_dtype") if "dtype" in config else ("torch_dtype",):
         config[key] = "float32"
-    if schemes.modules:
-        rounded = {module for modules in schemes.modules.values() for module in modules}
+    if groups.modules:
+        rounded = {module for modules in groups.modules.values() for module in modules}
         matrices = (n.removesuffix(".weight") for n, t in source.tensors.items() if t.shape[1:])
         linear = ["lm_head", *(m for m in matrices if m not in rounded and "embed" not in m)]
-        config["quantization_config"] = schemes.as_dict(list(dict.fromkeys(linear)))
+        config["quantization_config"] = groups.as_dict(list(dict.fromkeys(linear)))
     write_file(place / CONFIG, _json(config))
 
 
