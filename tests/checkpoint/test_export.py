@@ -24,6 +24,8 @@ from lacewing.formats import PackedTensor, get_format
 from lacewing.models import get_spec
 from tests.checkpoint import build
 from tests.checkpoint.build import config, random_weights, tiny_gguf, write_hub
+from tests.checkpoint.foreign import write_quantized
+from tests.checkpoint.test_foreign_gptq import gptq, random_gptq
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -238,6 +240,50 @@ def test_minima_that_are_zero_points(tmp_path: Path, bits: int) -> None:
     assert again[Q].own_format == format
     assert np.array_equal(again[Q].dequantize(), expected[Q])
     assert np.array_equal(by_the_library(tmp_path / "out", Q), expected[Q])
+
+
+def test_zero_points_of_others_go_over(tmp_path: Path) -> None:
+    """Codes, scales and zero points of GPTQ, whose minima are not whole steps as float16."""
+    stated = config(num_hidden_layers=1)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for seed, (name, weight) in enumerate(random_weights(stated).items()):
+        if weight.ndim == 1 or name == EMBEDDING:
+            tensors[name] = weight
+            continue
+        parts, _ = random_gptq(4, *weight.shape, 32, seed=seed)
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{key.rpartition('.')[2]}": part for key, part in parts.items()}
+    source = write_hub(tmp_path / "source", stated, {})
+    write_quantized(source, gptq(4, 32), tensors, **stated)
+    write_compressed_tensors(source, tmp_path / "out")
+    ours, again = open_weights(source), open_weights(tmp_path / "out")
+    assert again[Q].own_format == ours[Q].own_format == "w4a8g32z"
+    for name, tensor in ours.items():
+        assert np.array_equal(again[name].dequantize(), tensor.dequantize()), name
+
+
+@pytest.mark.parametrize("format", ["bf16", "bf16_sp"])
+def test_a_packed_embedding_of_bf16_stays_one(tmp_path: Path, format: str) -> None:
+    source = made(tmp_path)
+    write_packed(source, tmp_path / "packed", "w4a8g64", head_format=format)
+    write_compressed_tensors(tmp_path / "packed", tmp_path / "out")
+    weights = open_weights(tmp_path / "out")
+    assert weights[EMBEDDING].dtype == "BF16"
+    assert np.array_equal(
+        weights[EMBEDDING].dequantize(), open_weights(source)[EMBEDDING].dequantize()
+    )
+
+
+def test_zeros_are_not_looked_for(tmp_path: Path) -> None:
+    """They would be written out, and groups of 32 inputs would be lost for it."""
+    stated = config()
+    weights = random_weights(stated)
+    for weight in weights.values():
+        if weight.ndim == 2:
+            weight.reshape(len(weight), -1, 4)[:, :, 1:3] = 0
+    source = write_hub(tmp_path / "source", stated, weights)
+    reports = write_compressed_tensors(source, tmp_path / "out", machine="avx512")
+    assert {report.name: report.format for report in reports}[Q] == "w8a8g32"
 
 
 def by_the_library(path: Path, name: str) -> Any:

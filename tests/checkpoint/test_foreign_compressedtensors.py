@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from lacewing.checkpoint import describe, load_model, open_source, open_weights
+from lacewing.checkpoint.grid import own_format
 from lacewing.formats import get_format
+from lacewing.formats.base import ROW
 from tests.checkpoint.build import config, tokenizer_document
 from tests.checkpoint.foreign import Array, group, numpy_of, write_quantized
 
@@ -258,6 +260,12 @@ MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"w8a8g32", "w3a8g64", "w4a8g32"},
     ),
 }
+
+
+def test_rows_too_long_for_one_scale() -> None:
+    """w8a8 adds up whole rows in 32 bits."""
+    assert own_format(8, None, -128, 127, ROW) == "w8a8"
+    assert own_format(8, None, -128, 127, ROW + 64) == "w8a8g64"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -201,6 +201,19 @@ def test_an_old_file_beside_the_config(tmp_path: Path) -> None:
     assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), weight)
 
 
+def test_a_file_with_a_name_of_its_own(tmp_path: Path) -> None:
+    """AutoGPTQ's. Of two files none is the model."""
+    parts, weight = random_gptq(4, 32, 128, 128)
+    place = write_quantized(tmp_path / "model", {}, parts)
+    (place / "quantize_config.json").write_text(json.dumps(gptq(4, 128)))
+    named = place / "gptq_model-4bit-128g.safetensors"
+    (place / "model.safetensors").rename(named)
+    assert np.array_equal(open_weights(place)[WEIGHT].dequantize(), weight)
+    (place / "other.safetensors").write_bytes(named.read_bytes())
+    with pytest.raises(CheckpointError, match=r"needs model\.safetensors"):
+        open_weights(place)
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_biases_of_zeros(tmp_path: Path, value: int) -> None:
     """AutoGPTQ has saved a bias of zeros with every weight, whether the model has biases or not."""
@@ -332,6 +345,18 @@ def test_expressions_that_could_take_for_ever(tmp_path: Path, pattern: str) -> N
 def parts_of(**changes: Array) -> dict[str, Array]:
     parts, _ = random_gptq(4, 16, 64, 32)
     return parts | {f"{MODULE}.{name}": part for name, part in changes.items()}
+
+
+def test_an_order_that_was_never_written(tmp_path: Path) -> None:
+    """Some writers leave `g_idx` at zero where nothing is reordered."""
+    parts, weight = random_gptq(4, 32, 128, 32)
+    parts[f"{MODULE}.g_idx"] = np.zeros(128, np.int32)
+    place = write_quantized(tmp_path / "a", gptq(desc_act=False), parts)
+    tensor = open_weights(place)[f"{MODULE}.weight"]
+    assert np.array_equal(tensor.dequantize(), weight)
+    assert tensor.own_format is not None
+    with pytest.raises(CheckpointError, match=r"g_idx.*activation order"):
+        open_weights(write_quantized(tmp_path / "b", gptq(desc_act=True), parts))
 
 
 def test_zero_points_on_which_readers_differ(tmp_path: Path) -> None:

@@ -281,6 +281,46 @@ def test_groups_that_contradict_each_other(tmp_path: Path) -> None:
     read_all(written(tmp_path / "other", config, parts))
 
 
+def modules_of(config: Config, modules: dict[str, Parts], path: Path) -> dict[str, str]:
+    """Module -> how its weight is rounded, as the file's reader says."""
+    tensors = {
+        f"{m}.{part}": array for m, parts in modules.items() for part, array in parts.items()
+    }
+    found = open_weights(write_quantized(path, config, tensors))
+    return {name.removesuffix(".weight"): tensor.dtype.split()[1] for name, tensor in found.items()}
+
+
+def eight_bits(parts: Parts) -> Parts:
+    words = naive_words(np.zeros((N, K), np.int64), 8)
+    return {key: parts[key] for key in ("weight_shape", "weight_scale")} | {"weight_packed": words}
+
+
+def test_targets_that_are_names_and_classes(tmp_path: Path) -> None:
+    """`lm_head` is stored, so it is no class; a name goes before an expression, and that before a
+    class."""
+    config, parts = packed()
+    options = {"num_bits": 8, "symmetric": True, "strategy": "group", "group_size": 32}
+    config["config_groups"]["group_1"] = {"targets": ["lm_head"], "weights": options}
+    modules = {A: parts, "lm_head": eight_bits(parts)}
+    found = modules_of(config, modules, tmp_path / "model")
+    assert found == {A: "int4", "lm_head": "int8"}
+    config["config_groups"]["group_0"]["targets"] = ["Linear", "re:.*lm_head.*"]
+    assert modules_of(config, modules, tmp_path / "model") == found
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    """GPT-NeoX calls its head `embed_out`: a linear layer where no group is for embeddings."""
+    config, parts = packed()
+    modules: dict[str, Parts] = {"gpt_neox.embed_in": parts, "embed_out": parts}
+    assert len(modules_of(config, modules, tmp_path / "model")) == 2
+    options = {"num_bits": 8, "symmetric": True, "strategy": "group", "group_size": 32}
+    config["config_groups"]["group_1"] = {"targets": ["Embedding"], "weights": options}
+    modules = {A: parts, "embed_out": parts}
+    modules |= {"model.embed_tokens": eight_bits(parts), "wte": eight_bits(parts)}
+    found = modules_of(config, modules, tmp_path / "model")
+    assert found == {A: "int4", "embed_out": "int4", "model.embed_tokens": "int8", "wte": "int8"}
+
+
 def test_codes_beyond_their_bits(tmp_path: Path) -> None:
     config, parts = int8()
     config["config_groups"]["group_0"]["weights"]["num_bits"] = 4

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lacewing.checkpoint import load_model, open_source
-from lacewing.errors import CheckpointError, UnsupportedModelError
+from lacewing.checkpoint import load_model, open_source, open_weights
+from lacewing.errors import CheckpointError, LacewingError, UnsupportedModelError
 from lacewing.formats import get_format
 from tests.checkpoint.build import (
     TOKENS,
@@ -23,6 +23,7 @@ from tests.checkpoint.build import (
     write_hub,
     write_safetensors,
 )
+from tests.checkpoint.foreign import write_tensors
 from tests.checkpoint.hostile import refused
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -340,6 +341,15 @@ def test_one_file_of_a_model_is_no_model(model: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_source(model / name)
     assert str(model) in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "model.layers.0.mlp.up_proj.bias"])
+def test_a_tensor_without_dimensions(model: Path, name: str) -> None:
+    tensors = {n: t.dequantize() for n, t in open_weights(model).items()}
+    write_tensors(model / "model.safetensors", {**tensors, name: np.array(2, np.float32)})
+    assert open_weights(model)[name].dequantize() == 2
+    with pytest.raises(LacewingError, match=name):
+        _ = open_source(model).spec
 
 
 def test_other_weights_say_what_to_do(model: Path) -> None:

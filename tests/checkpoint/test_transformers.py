@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lacewing.checkpoint import load_model, open_source, open_weights
+from lacewing.checkpoint.transformers import _Saved
 from lacewing.errors import CheckpointError, FormatError, UnsupportedModelError
 from lacewing.formats import PackedTensor, get_format, pack
 from tests.checkpoint import build
@@ -80,6 +81,20 @@ def test_packed_weights_are_taken_as_they_are(tmp_path: Path) -> None:
         for part, array in packed.parts.items():
             assert (ours.parts[part] == array).all() and ours.parts[part].ctypes.data % 64 == 0
     assert not any(name.endswith((".codes", ".scales", ".stream")) for name in weights)
+
+
+def test_a_weight_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = write(tmp_path / "model")
+    copied: list[str] = []
+    packed = _Saved.packed
+
+    def counted(self: _Saved) -> PackedTensor:
+        copied.append(self.name)
+        return packed(self)
+
+    monkeypatch.setattr(_Saved, "packed", counted)
+    load_model(tmp_path / "model")
+    assert sorted(copied) == sorted(wanted)
 
 
 def removed(key: str) -> Callable[[Tensors, Any], None]:

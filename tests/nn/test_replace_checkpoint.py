@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lacewing.checkpoint import open_weights, write_packed
+from lacewing.checkpoint import load_model, open_weights, write_packed
 from lacewing.errors import CheckpointError, FormatError, RequestError
+from lacewing.formats import PackedTensor, get_format
 from tests.checkpoint import build
 
 torch = pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
@@ -161,7 +162,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         ("foreign/packed-4-symmetric", "w4a8g32"),
         ("foreign/packed-4-asymmetric", "w4a8g32z"),
         ("foreign_gptq/auto-round-auto_gptq-4", "w4a8g32z"),
-        ("foreign/sparse-24-bitmask-bfloat16", "w8a8g64"),
+        ("foreign/sparse-24-bitmask-bfloat16", "w8a8g32"),
     ],
 )
 def test_what_others_have_quantized(fixture: str, format: str) -> None:
@@ -169,14 +170,52 @@ def test_what_others_have_quantized(fixture: str, format: str) -> None:
     expected = np.load(path / "expected.npy").astype(np.float32)
     inner = nn.ModuleDict({"up_proj": nn.Linear(96, len(expected), bias=False)})
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": inner})])})
-    report = replace_linear(model, "auto", checkpoint=path)
+    report = replace_linear(model, "auto", checkpoint=path, machine="avx512")
     layer = inner["up_proj"]
     assert layer.format == format
     error = np.linalg.norm(layer.weight.dequantized().numpy() - expected) / np.linalg.norm(expected)
     # the same codes, with scales and minima rounded to f16; floats are rounded to 8 bits
-    bound = 0.01 if format == "w8a8g64" else 2.0**-10
+    bound = 0.01 if format == "w8a8g32" else 2.0**-10
     assert error < bound
     assert report.replaced[0].error < bound
+
+
+def test_auto_is_that_of_the_engine(tmp_path: Path) -> None:
+    """A layer that was pruned to 2:4, and one that was not: as `load_model` packs them."""
+    config = build.config(tie_word_embeddings=False)
+    weights = build.random_weights(config)
+    for name, weight in weights.items():
+        if "up_proj" in name:
+            weight.reshape(len(weight), -1, 4)[:, :, [0, 3]] = 0
+    hub = build.write_hub(tmp_path / "hub", config, weights)
+    packed = load_model(hub, machine="avx512")
+    formats = {r.name.removesuffix(".weight"): r.format for r in packed.reports}
+    model = llama(hub, tie_word_embeddings=False)
+    report = replace_linear(model, "auto", checkpoint=hub, machine="avx512")
+    assert {layer.format for layer in report.replaced} == {"w8a8g32", "w8a8g64_24"}
+    for layer in report.replaced:
+        assert layer.format == formats[layer.name]
+    name = "model.layers.1.mlp.up_proj"
+    want = packed.tensors[f"{name}.weight"]
+    assert isinstance(want, PackedTensor)
+    got = model.get_submodule(name).weight.dequantized().numpy()
+    assert np.array_equal(got, get_format(want.format).dequantize(want))
+    pruned = llama(hub, tie_word_embeddings=False)
+    report = replace_linear(pruned, "auto", checkpoint=hub, sparsity=0.25, machine="avx512")
+    assert {layer.format for layer in report.replaced} == {"w8a8g32"}
+
+
+def test_stacks_of_experts_keep_one_format(tmp_path: Path) -> None:
+    """An expert that was pruned, beside others that were not."""
+    from tests.nn.test_experts import mixture
+
+    source = mixture("Mixtral")
+    stack = source.model.layers[0].mlp.experts.gate_up_proj
+    with torch.no_grad():
+        stack[0].view(stack.shape[1], -1, 4)[:, :, :2] = 0
+    source.save_pretrained(tmp_path / "saved")
+    report = replace_linear(source, "auto", checkpoint=tmp_path / "saved", machine="avx512")
+    assert {layer.format for layer in report.replaced} == {"w8a8g32"}
 
 
 # -- checkpoints that do not fit ------------------------------------------------------------------

@@ -62,7 +62,7 @@ _ACTIVATION_PARTS = (
 
 def read_compressed_tensors(place: Path, config: Config, files: Files) -> Reading:
     """Raises UnsupportedModelError and CheckpointError."""
-    schemes = Schemes(place, config)
+    schemes = Schemes(place, config, (name.rpartition(".")[0] for name in files))
     reading = Reading(notes=schemes.notes)
     modules = [*modules_with("weight_scale", files), *modules_with("compressed", files)]
     for module in dict.fromkeys([*modules_with("weight_packed", files), *modules]):
@@ -217,4 +217,4 @@ def _g_idx(parts: Parts, k: int, group: int | None, groups: int, reordered: bool
     found = parts.array("weight_g_idx", ("I32", "I64"), (k,))
     if (found == -1).all():  # the library's mark of an order that was not kept
         return None
-    return checked_g_idx(parts, "weight_g_idx", found, group or k, groups)
+    return checked_g_idx(parts, "weight_g_idx", found, group or k, groups, reordered)

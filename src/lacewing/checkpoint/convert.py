@@ -40,13 +40,12 @@ from lacewing.checkpoint.packing import AHEAD, Job, Packed, Report, packing_thre
 from lacewing.checkpoint.patterns import find_sparser
 from lacewing.checkpoint.safetensors import SafetensorsWriter
 from lacewing.checkpoint.source import open_source
-from lacewing.checkpoint.tensors import Source, SourceTensor, TokenizerFiles
+from lacewing.checkpoint.tensors import FLOATS_TO, TABLES, Source, SourceTensor, TokenizerFiles
 from lacewing.errors import CheckpointError, FormatError
 from lacewing.formats import Format, PackedTensor, get_format
 
 __all__ = [
     "AUTO",
-    "TABLES",
     "PackedModel",
     "Progress",
     "Report",
@@ -60,8 +59,6 @@ __all__ = [
 ]
 
 AUTO = "auto"
-_FLOATS_TO = "w8a8g32"
-TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 Plan = dict[str, tuple[SourceTensor, Format | None]]
 Progress = Callable[[str, int, int], None]
@@ -222,12 +219,8 @@ def pack_all(
     with packing_threads(threads) as pool:
         for name, (tensor, kind) in plan.items():
             share = None if name in TABLES else sparsity
-            pattern = None
-            if search and not share and _is_searched(tensor, kind):
-                found = find_sparser(tensor, machine, pool)
-                if found is not None:
-                    tensor, kind, pattern = found.tensor, found.kind, found.pattern
-            waiting.append(Job(pool, tensor, kind, share, machine, pattern))
+            found = find_sparser(tensor, machine, pool) if search and not share else None
+            waiting.append(Job(pool, tensor, kind, share, machine, found))
             while sum(job.weights for job in waiting) > AHEAD + waiting[0].weights:
                 job = waiting.popleft()
                 yield job.result()
@@ -236,11 +229,6 @@ def pack_all(
             job = waiting.popleft()
             yield job.result()
             done = _advance(progress, job, done, total)
-
-
-def _is_searched(tensor: SourceTensor, kind: Format | None) -> bool:
-    """Whether zeros in a tensor are looked for: in matrices, but not in embedding and head."""
-    return kind is not None and tensor.name not in TABLES and tensor.packed() is None
 
 
 def _advance(progress: Progress | None, job: Job, done: int, total: int) -> int:
@@ -287,7 +275,7 @@ def _choose(tensor: SourceTensor, format: str, head_format: str | None) -> Forma
         if head_format is not None:
             chosen = head_format
         elif format not in (AUTO, "bf16", "bf16_sp"):
-            chosen = _FLOATS_TO
+            chosen = FLOATS_TO
     if chosen == AUTO:
-        chosen = tensor.own_format or _FLOATS_TO
+        chosen = tensor.own_format or FLOATS_TO
     return get_format(chosen)

@@ -6,7 +6,8 @@ them. What becomes of a format:
     w8a8g* w4a8g* w3a8g64         pack-quantized, symmetric, of 8, 4 and 3 bits
     w2a8g64 w1.6a8                pack-quantized, symmetric, of 3 and 2 bits
     w4a8g32z w5a8g32z             pack-quantized, asymmetric, where every minimum is a whole number
-                                  of steps below zero; a FormatError where one is not
+                                  of steps below zero, rounded to float16 (AWQ and GPTQ have such);
+                                  a FormatError where one is not
     _sp _24 _b16x1                as the dense format of the same width: zeros are written out
     bf16 bf16_sp, embedding,      as floats: of the source where it has them, bf16 of these formats,
     head, vectors                 or else f32
@@ -30,14 +31,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lacewing.checkpoint.convert import AUTO, TABLES, Progress, make_plan, memory_of, pack_all
+from lacewing.checkpoint.convert import AUTO, Progress, make_plan, memory_of, pack_all
 from lacewing.checkpoint.files import MAX_JSON, new_directory, write_file
 from lacewing.checkpoint.hub import CONFIG, HubSource, norms_are_offsets
 from lacewing.checkpoint.packing import Packed, Report
 from lacewing.checkpoint.safetensors import DTYPES, NAMES, SafetensorsWriter
 from lacewing.checkpoint.shards import FLOATS, FloatTensor
 from lacewing.checkpoint.source import open_source
-from lacewing.checkpoint.tensors import Source, SourceTensor
+from lacewing.checkpoint.tensors import TABLES, Source, SourceTensor
 from lacewing.checkpoint.words import pack_words
 from lacewing.errors import FormatError
 from lacewing.formats import Codes, Format, PackedTensor, get_format
@@ -52,6 +53,7 @@ EXPORT = "lacewing-export.json"
 VERSION = "0.20.0"
 """The version of compressed-tensors whose files these are."""
 _WEIGHTS = "model.safetensors"
+_BF16 = ("bf16", "bf16_sp")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,7 +93,7 @@ def write_compressed_tensors(
     for name, (tensor, kind) in packed.items():
         _check_groups(name, tensor.shape, kind)
     stream = pack_all(packed, sparsity, progress, threads, machine, search=False)
-    scheme = _Schemes()
+    groups = _ConfigGroups()
     with memory_of(opened), new_directory(Path(out_dir), EXPORT, force) as place:
         parts = [f"{name}_zero_point" for name in plan for _ in range(4)]
         with SafetensorsWriter(place / _WEIGHTS, parts, {"format": "pt"}, padded=False) as out:
@@ -103,10 +105,10 @@ def write_compressed_tensors(
             ]
             for name, value, report in stream:
                 begin = writer.nbytes
-                _write_weight(writer, scheme, name, value)
+                _write_weight(writer, groups, name, value)
                 reports.append(replace(report, nbytes=writer.nbytes - begin))
             writer.finish()
-        _write_config(place, opened, scheme)
+        _write_config(place, opened, groups)
         _write_tokenizer(place, opened)
         write_file(place / EXPORT, _report_json(reports).encode())
     return reports
@@ -159,7 +161,7 @@ def _write_floats(out: _Deferring, source: Source, tensor: SourceTensor) -> Repo
     if isinstance(source, HubSource):
         tensor = source.weights.tensors[tensor.name]  # norms as they are stored
     stored = isinstance(tensor, FloatTensor) and tensor.dtype in FLOATS
-    dtype = tensor.dtype if stored else "F32"
+    dtype = tensor.dtype if stored else "BF16" if tensor.own_format in _BF16 else "F32"
     less = np.float32(1 if _is_offset_norm(source, tensor) else 0)
     out.add_runs(tensor.name, dtype, tensor.shape, _float_runs(tensor, less))
     nbytes = DTYPES[dtype].itemsize * math.prod(tensor.shape)
@@ -177,11 +179,16 @@ def _float_runs(tensor: SourceTensor, less: np.float32) -> Iterator[Array]:
         yield tensor.array()
     elif len(tensor.shape) == 1:
         yield tensor.dequantize() - less
+    elif tensor.own_format in _BF16:
+        for run in row_chunks(*tensor.shape):
+            found = tensor.codes(*run)
+            assert found is not None
+            yield found[1].q
     else:
         yield from (tensor.dequantize(*run) for run in row_chunks(*tensor.shape))
 
 
-def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) -> None:
+def _write_weight(out: _Deferring, groups: _ConfigGroups, name: str, value: Packed) -> None:
     assert isinstance(value, PackedTensor)
     module = name.removesuffix(".weight")
     kind = get_format(value.format)
@@ -189,8 +196,8 @@ def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) 
     if codes.scales is None:
         out.add_runs(name, "BF16", value.shape, [codes.q])
         return
-    scheme = _Scheme.of(kind)
-    schemes.add(module, scheme)
+    scheme = _ConfigGroup.of(kind)
+    groups.add(module, scheme)
     signed_zero = 1 << (scheme.bits - 1)
     if kind.asymmetric:
         unsigned = codes.q
@@ -210,12 +217,14 @@ def _write_weight(out: _Deferring, schemes: _Schemes, name: str, value: Packed) 
 
 
 def _zero_points(name: str, kind: Format, codes: Codes) -> npt.NDArray[np.uint8]:
-    """-minimum / scale `[n, groups]`. Raises FormatError where it is no code."""
+    """The codes `[n, groups]` of which -scale * code is the minimum, rounded to float16 as that is.
+    Raises FormatError where there is none."""
     assert codes.scales is not None and codes.mins is not None
     scales, mins = codes.scales.astype(np.float32), codes.mins.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         found = np.where(scales == 0, 0, np.round(-mins / scales))
-        wrong = (found < 0) | (found > kind.max_code) | (found * scales != -mins)
+        wrong = (found < 0) | (found > kind.max_code)
+        wrong |= (found * -scales).astype(np.float16) != codes.mins
     if wrong.any():
         row, group = np.argwhere(wrong)[0]
         raise FormatError(
@@ -232,7 +241,7 @@ def _zero_points(name: str, kind: Format, codes: Codes) -> npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class _Scheme:
+class _ConfigGroup:
     """A group of the config."""
 
     bits: int
@@ -241,7 +250,7 @@ class _Scheme:
     format: str
 
     @classmethod
-    def of(cls, kind: Format) -> _Scheme:
+    def of(cls, kind: Format) -> _ConfigGroup:
         highest = kind.code_step * kind.max_code - kind.zero_point
         bits = kind.weight_bits
         while not kind.asymmetric and not -(1 << (bits - 1)) <= -kind.zero_point <= highest < (
@@ -273,12 +282,12 @@ class _Scheme:
 
 
 @dataclass
-class _Schemes:
+class _ConfigGroups:
     """Which modules are rounded how."""
 
-    modules: dict[_Scheme, list[str]] = field(default_factory=dict)
+    modules: dict[_ConfigGroup, list[str]] = field(default_factory=dict)
 
-    def add(self, module: str, scheme: _Scheme) -> None:
+    def add(self, module: str, scheme: _ConfigGroup) -> None:
         self.modules.setdefault(scheme, []).append(module)
 
     def as_dict(self, floats: list[str]) -> dict[str, Any]:
@@ -300,15 +309,15 @@ class _Schemes:
         }
 
 
-def _write_config(place: Path, source: Source, schemes: _Schemes) -> None:
+def _write_config(place: Path, source: Source, groups: _ConfigGroups) -> None:
     config = dict(source.config)
     for key in ("dtype", "torch_dtype") if "dtype" in config else ("torch_dtype",):
         config[key] = "float32"
-    if schemes.modules:
-        rounded = {module for modules in schemes.modules.values() for module in modules}
+    if groups.modules:
+        rounded = {module for modules in groups.modules.values() for module in modules}
         matrices = (n.removesuffix(".weight") for n, t in source.tensors.items() if t.shape[1:])
         linear = ["lm_head", *(m for m in matrices if m not in rounded and "embed" not in m)]
-        config["quantization_config"] = schemes.as_dict(list(dict.fromkeys(linear)))
+        config["quantization_config"] = groups.as_dict(list(dict.fromkeys(linear)))
     write_file(place / CONFIG, _json(config))
 
 

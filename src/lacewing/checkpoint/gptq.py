@@ -108,7 +108,8 @@ class GptqTensor(GridTensor):
         self._stored_zeros = parts.array("qzeros", ("I32",), size)
         if "g_idx" in parts:
             found = parts.array("g_idx", ("I32", "I64"), (k,))
-            self.g_idx = checked_g_idx(parts, "g_idx", found, self.group_size or k, self.groups)
+            group, reordered = self.group_size or k, settings.reordered
+            self.g_idx = checked_g_idx(parts, "g_idx", found, group, self.groups, reordered)
         if self.g_idx is not None:
             self.dtype += " act-order"
 

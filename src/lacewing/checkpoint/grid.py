@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lacewing.checkpoint.parts import Parts
-from lacewing.checkpoint.tensors import F32, SourceTensor
+from lacewing.checkpoint.tensors import F32, Bools, SourceTensor
 from lacewing.formats import Codes, Format, get_format
 from lacewing.formats.base import ROW, row_chunks
 
@@ -156,6 +156,12 @@ class GridTensor(SourceTensor):
             out *= self._per_input(self._scales(begin, last))
         return out
 
+    def nonzero(self, begin: int = 0, end: int | None = None) -> Bools:
+        last = self.shape[0] if end is None else min(end, self.shape[0])
+        zeros = self._per_input(self._all_zeros(begin, last))
+        found: Bools = self._checked_codes(begin, last) != zeros
+        return found
+
     def _per_input(self, values: npt.NDArray[T]) -> npt.NDArray[T]:
         """Values per group `[r, groups]` for every input, `[r, k]` or what broadcasts to it."""
         if self.g_idx is not None:
@@ -227,11 +233,21 @@ class GridTensor(SourceTensor):
         return np.ascontiguousarray(halves[:, first // (self.group_size or k)])
 
 
-def checked_g_idx(parts: Parts, part: str, found: Array, group: int, groups: int) -> I32 | None:
-    """None for runs of `group` inputs. Raises CheckpointError for a group that does not exist."""
+def checked_g_idx(
+    parts: Parts, part: str, found: Array, group: int, groups: int, reordered: bool
+) -> I32 | None:
+    """None for runs of `group` inputs. Zeros only, of several groups, are an order that was never
+    written: runs again.
+
+    Raises CheckpointError for a group that does not exist, and for such zeros where the config says
+    that groups are in an order of their own (`reordered`).
+    """
     if found.min() < 0 or found.max() >= groups:
         wrong = int(found[(found < 0) | (found >= groups)][0])
         parts.fail(part, f"groups from 0 to {groups - 1}", wrong)
-    if (found == np.arange(len(found)) // group).all():
+    unwritten = groups > 1 and not found.any()
+    if unwritten and reordered:
+        parts.fail(part, "groups in activation order, as the config says", "zeros only")
+    if unwritten or (found == np.arange(len(found)) // group).all():
         return None
     return found.astype(np.int32)

@@ -14,7 +14,7 @@ import numpy as np
 from lacewing.checkpoint.breakeven import dense_twin, pays
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import VECTOR
-from lacewing.checkpoint.patterns import Pattern
+from lacewing.checkpoint.patterns import Pattern, Sparser
 from lacewing.checkpoint.tensors import F32, SourceTensor
 from lacewing.errors import FormatError, LacewingError
 from lacewing.formats import Codes, Format, PackedTensor
@@ -79,10 +79,14 @@ class Job:
         kind: Format | None,
         sparsity: float | None,
         machine: str | None = None,
-        pattern: Pattern | None = None,
+        found: Sparser | None = None,
     ) -> None:
+        """found: what is packed in place of `tensor` in `kind`, where that pays."""
+        self._dense = pool, tensor, kind
+        self._found = found
+        if found is not None:
+            tensor, kind = found.tensor, found.kind
         self.tensor = tensor
-        self.pattern = pattern
         self.kind = kind
         self.machine = machine
         self.weights = math.prod(tensor.shape)
@@ -112,17 +116,25 @@ class Job:
         self._pieces = []
         self.tensor.release()
         density = sum(p.kept for p in pieces) / self.weights if self.kind.sparse else None
-        packed = self._faster(self._join.finish(self.kind), density)
+        packed = self._join.finish(self.kind)
+        if self._found is None:
+            packed = self._faster(packed, density)
+        elif not self._found.pays(packed, density or 0.0, self.machine):
+            return self._without_search()
         self.lost, self.whole = sum(p.lost for p in pieces), sum(p.whole for p in pieces)
         error = math.sqrt(self.lost / self.whole) if self.whole else math.sqrt(self.lost)
         exact = all(p.exact for p in pieces)
         instead_of = None if packed.format == self.kind.name else self.kind.name
         report = self._report(packed.format, packed.nbytes, error, exact)
-        return (
-            name,
-            packed,
-            replace(report, instead_of=instead_of, density=density, pattern=self.pattern),
-        )
+        pattern = self._found.pattern if self._found is not None else None
+        report = replace(report, instead_of=instead_of, density=density, pattern=pattern)
+        return name, packed, report
+
+    def _without_search(self) -> tuple[str, Packed, Report]:
+        job = Job(*self._dense, None, self.machine)
+        result = job.result()
+        self.lost, self.whole = job.lost, job.whole
+        return result
 
     def _faster(self, packed: PackedTensor, density: float | None) -> PackedTensor:
         """The same weights in the dense format of the same width, where that is faster or takes no

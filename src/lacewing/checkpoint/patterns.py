@@ -3,29 +3,32 @@
 Bits per weight, with a share d of the weights not zero, or b of the blocks (formats.md):
 
     bits   anywhere              two of every four   blocks of 16 outputs x 1 input
-    16     bf16_sp     1 + 16 d
      8     w8a8g64_sp  1.25+8 d  w8a8g64_24  5.25    w8a8_b16x1  0.06 + 8 b
      4     w4a8g64_sp  1.25+4 d  w4a8g64_24  3.25
 
-The smallest of those that pay (`breakeven.py`) is taken; a pattern even where zeros anywhere would
-be up to a tenth smaller, since its kernels count no bits. `w8a8_b16x1` has one scale per row.
+A weight with a grid of its own takes the formats of that width on whose grid its codes are, where
+they are smaller than the dense format: not a weight changes. Floats are rounded to w8a8g32, and
+take w8a8g64_sp or w8a8g64_24, a scale per 64 inputs instead of 32, only where that is less than
+three quarters of the bytes. `w8a8_b16x1`, with one scale per row, is for weights that have no more.
+Of those that pay (`breakeven.py`) the smallest is taken; a pattern even where zeros anywhere would
+be up to a tenth smaller, since its kernels count no bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lacewing.checkpoint.breakeven import break_even, dense_twin
+from lacewing.checkpoint.breakeven import break_even
 from lacewing.checkpoint.interrupts import uninterrupted
-from lacewing.checkpoint.tensors import SourceTensor
-from lacewing.formats import Format, get_format
-from lacewing.formats.base import as_weight, row_chunks
+from lacewing.checkpoint.tensors import FLOATS_TO, TABLES, SourceTensor
+from lacewing.formats import Format, PackedTensor, get_format
+from lacewing.formats.base import ROW, as_weight, row_chunks
 from lacewing.formats.tiles import STRIP
 
 __all__ = ["Pattern", "Sparser", "find_sparser", "pattern_of", "sparse_format"]
@@ -33,14 +36,16 @@ __all__ = ["Pattern", "Sparser", "find_sparser", "pattern_of", "sparse_format"]
 Array = npt.NDArray[Any]
 
 _FORMATS = {
-    16: ("bf16_sp",),
     8: ("w8a8g64_sp", "w8a8g64_24", "w8a8_b16x1"),
     4: ("w4a8g64_sp", "w4a8g64_24"),
 }
+_OF_FLOATS = ("w8a8g64_sp", "w8a8g64_24")
+_LESS = 0.75
+"""Share of the bytes of the dense format below which floats take larger groups for their zeros."""
 _ANYWHERE = 1.1
 """How much larger than it is a format counts that takes zeros anywhere."""
-_FEW = 0.05
-"""Share of zeros in a sample below which a weight is not looked through."""
+_MARGIN = 0.05
+"""How much sparser a weight may be than three strips of its rows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,15 @@ class Pattern:
     @property
     def two_of_four(self) -> bool:
         return self.most_of_four <= 2
+
+    def with_more_zeros(self, share: float) -> Pattern:
+        """With this share of all weights, and of all blocks, zero in addition."""
+        fewer = round(share * self.weights)
+        return replace(
+            self,
+            nonzero=max(self.nonzero - fewer, 0),
+            in_blocks=max(self.in_blocks - fewer, 0),
+        )
 
     def __add__(self, other: Pattern) -> Pattern:
         """The pattern of the rows of both."""
@@ -93,12 +107,11 @@ def pattern_of(weight: npt.ArrayLike) -> Pattern:
     something else."""
     rows = as_weight(weight)
     n, k = rows.shape
-    return sum((_pattern(rows[begin:end]) for begin, end in row_chunks(n, k)), _NONE)
+    return sum((_pattern(rows[begin:end] != 0) for begin, end in row_chunks(n, k)), _NONE)
 
 
-def _pattern(rows: Array) -> Pattern:
-    """Of whole strips of rows `[r, k]`."""
-    present = rows != 0
+def _pattern(present: Array) -> Pattern:
+    """Of whole strips of rows `[r, k]`, true where a weight is not zero."""
     r, k = present.shape
     first = np.arange(0, r, STRIP)
     blocks = np.logical_or.reduceat(present, first, axis=0).sum(axis=1)
@@ -108,37 +121,54 @@ def _pattern(rows: Array) -> Pattern:
 
 
 def sparse_format(
-    pattern: Pattern, bits: int, machine: str | None = None, names: tuple[str, ...] | None = None
+    pattern: Pattern, own_format: str | None = None, machine: str | None = None
 ) -> str | None:
-    """The smallest sparse format of `bits` (16, 8 or 4) per weight that is smaller and, on this
-    class of machines, faster than the dense one of its width; None if there is none.
+    """The sparse format that `auto` takes for a weight with these zeros: one that is smaller than
+    the dense format that it would take otherwise, and on this class of machines faster than the
+    dense one of its width. None if there is none.
 
-    machine: as in `convert`. names: the formats to choose from.
+    own_format: the format whose grid the weight's codes are on; None for floats. machine: as in
+    `convert`.
     """
     sizes = {}
-    for name in _FORMATS.get(bits, ()) if names is None else names:
-        kind = get_format(name)
+    for kind in _kinds(own_format):
         density, size = _size(kind, pattern)
-        twin = dense_twin(kind)
-        if density < break_even(kind, machine) and twin is not None and size < _dense_size(twin):
-            sizes[name] = size * (_ANYWHERE if name.endswith("_sp") else 1)
+        if density < break_even(kind, machine) and size < _most_bits(own_format):
+            sizes[kind.name] = size * (_ANYWHERE if kind.name.endswith("_sp") else 1)
     return min(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def _kinds(own_format: str | None) -> list[Format]:
+    """The sparse formats that a weight may be in."""
+    if own_format is None:
+        return [get_format(name) for name in _OF_FLOATS]
+    own = get_format(own_format)
+    if not own.holds_zero or own.sparse:
+        return []
+    kinds = [get_format(name) for name in _FORMATS.get(own.weight_bits, ())]
+    return [kind for kind in kinds if own.group_size % kind.group_size == 0]
+
+
+def _most_bits(own_format: str | None) -> float:
+    """Bits per weight that a sparse format must stay below."""
+    dense = get_format(own_format or FLOATS_TO)
+    scale = 0 if dense.group_size == ROW else 16 / dense.group_size
+    return (dense.weight_bits + scale) * _share(own_format)
+
+
+def _share(own_format: str | None) -> float:
+    return _LESS if own_format is None else 1.0
 
 
 def _size(kind: Format, pattern: Pattern) -> tuple[float, float]:
     """Share of the weights that are stored, and bits per weight."""
     if kind.name.endswith("_b16x1"):
         return pattern.block_density, 1 / STRIP + kind.weight_bits * pattern.block_density
-    scale = 16 / kind.group_size if kind.group_size else 0
+    scale = 16 / kind.group_size
     if kind.fixed_sparsity is not None:
         size = 1 + kind.weight_bits * (1 - kind.fixed_sparsity) + scale
         return (pattern.density, size) if pattern.two_of_four else (1.0, float("inf"))
     return pattern.density, 1 + kind.weight_bits * pattern.density + scale
-
-
-def _dense_size(twin: Format) -> float:
-    grouped = 0 < twin.group_size < 1 << 16
-    return twin.weight_bits + (16 / twin.group_size if grouped else 0)
 
 
 # -- tensors of files -----------------------------------------------------------------------------
@@ -151,39 +181,52 @@ class Sparser:
     tensor: SourceTensor
     kind: Format
     pattern: Pattern
+    most_bytes: float
+    """What it must stay below when it is packed."""
+
+    def pays(self, packed: PackedTensor, density: float, machine: str | None) -> bool:
+        """density: share of the weights that are stored."""
+        return packed.nbytes < self.most_bytes and density < break_even(self.kind, machine)
 
 
 def find_sparser(
     tensor: SourceTensor, machine: str | None, pool: ThreadPoolExecutor
 ) -> Sparser | None:
-    """The tensor in a sparse format, where it has the zeros for it; None where it has not.
+    """The tensor in the sparse format that `auto` takes, where it has the zeros for it; None where
+    it has not, for a vector, and for embedding and head.
 
-    Floats are rounded to 8 bits; a tensor with a grid of its own keeps its codes. Reads three
-    strips of rows, and all of them, a run at a time, where these have zeros.
+    Reads three strips of rows, and all of them, a run at a time, where these have nearly as many
+    zeros as it takes.
     """
-    names = _candidates(tensor)
-    if not names or _sample(tensor).density > 1 - _FEW:
+    if len(tensor.shape) != 2 or tensor.name in TABLES or not _can_be_sparse(tensor):
+        return None
+    own = tensor.own_format
+    if sparse_format(_sample(tensor).with_more_zeros(_MARGIN), own, machine) is None:
         return None
     n, k = tensor.shape
     with uninterrupted():
-        runs = pool.map(lambda run: _pattern(tensor.dequantize(*run)), row_chunks(n, k))
+        runs = pool.map(lambda run: _pattern(tensor.nonzero(*run)), row_chunks(n, k))
     pattern = sum(runs, _NONE)
     tensor.release()
-    name = sparse_format(pattern, 0, machine, names)
+    name = sparse_format(pattern, own, machine)
     if name is None:
         return None
-    return Sparser(tensor.with_format(name), get_format(name), pattern)
+    most = _share(own) * sum(
+        size or 0 for size in get_format(own or FLOATS_TO).expected_part_bytes(n, k).values()
+    )
+    return Sparser(tensor.with_format(name), get_format(name), pattern, most)
 
 
-def _candidates(tensor: SourceTensor) -> tuple[str, ...]:
-    if tensor.own_format is None:
-        return _FORMATS[8]
-    names = _FORMATS.get(get_format(tensor.own_format).weight_bits, ())
-    return tuple(name for name in names if tensor.with_format(name).own_format == name)
+def _can_be_sparse(tensor: SourceTensor) -> bool:
+    """Whether it is of floats, or its codes can be had in a sparse format: not of packed ones."""
+    kinds = _kinds(tensor.own_format)
+    return tensor.own_format is None or any(
+        tensor.with_format(kind.name).own_format == kind.name for kind in kinds
+    )
 
 
 def _sample(tensor: SourceTensor) -> Pattern:
-    return sum((_pattern(tensor.dequantize(*run)) for run in _strips(tensor.shape[0])), _NONE)
+    return sum((_pattern(tensor.nonzero(*run)) for run in _strips(tensor.shape[0])), _NONE)
 
 
 def _strips(n: int) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precisi
 _SPARSE = ("sparse-bitmask", "sparse-24-bitmask", "dense")
 _STRATEGIES = ("tensor", "channel", "group")
 _STREAM_SINCE = (0, 18)
+_EMBEDDINGS = ("wte", "wpe")
+"""Names of embeddings that do not say so."""
 ORIGINAL = "use the original model, or an export of it in integers (W4A16, W8A8)"
 
 
@@ -39,7 +42,9 @@ class Scheme:
 class Schemes:
     """`config_groups`, checked."""
 
-    def __init__(self, place: Path, config: Config) -> None:
+    def __init__(self, place: Path, config: Config, modules: Iterable[str]) -> None:
+        """modules: those that are stored, whose names are no classes."""
+        self._modules = frozenset(modules)
         self._where = f"{place / 'config.json'}: `quantization_config`"
         self._config = config
         self.notes: list[str] = []
@@ -131,7 +136,7 @@ class Schemes:
         module = parts.module
         exact = [s for s in self._schemes if module in s.targets]
         found = exact or [s for s in self._schemes if self._expression(s, module)]
-        found = found or [s for s in self._schemes if _names_class(s, module)]
+        found = found or self._by_class(module)
         if not found:
             targets = [target for scheme in self._schemes for target in scheme.targets]
             where = f"{self._where}.config_groups"
@@ -149,10 +154,15 @@ class Schemes:
             if target.startswith("re:")
         )
 
+    def _by_class(self, module: str) -> list[Scheme]:
+        """The schemes for the module's class. Files know no classes: what is called an embedding is
+        one where there is a scheme for those; all else that has parts, and GPT-NeoX's head
+        `embed_out`, is a kind of linear layer."""
+        name = module.rpartition(".")[2]
+        embeddings = [s for s in self._schemes if any("Embedding" in c for c in self._classes(s))]
+        if embeddings and name != "embed_out" and ("embed" in name or name in _EMBEDDINGS):
+            return embeddings
+        return [s for s in self._schemes if any("Embedding" not in c for c in self._classes(s))]
 
-def _names_class(scheme: Scheme, module: str) -> bool:
-    """Whether a target may be the module's class. Files know no classes: an embedding's name says
-    that it is one, everything else that has parts is a kind of linear layer."""
-    classes = [t for t in scheme.targets if "." not in t and ":" not in t]
-    embedding = "embed" in module.rsplit(".", 1)[-1]
-    return any(("Embedding" in name) == embedding for name in classes)
+    def _classes(self, scheme: Scheme) -> list[str]:
+        return [t for t in scheme.targets if not set(".:") & set(t) and t not in self._modules]

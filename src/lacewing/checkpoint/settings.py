@@ -21,6 +21,8 @@ class Settings:
     bits: int
     group_size: int | None
     """Inputs per scale, or None for a row."""
+    reordered: bool = False
+    """Whether groups are not runs of inputs (`desc_act`)."""
 
     @classmethod
     def of(cls, where: str, config: Config) -> Settings:
@@ -31,7 +33,7 @@ class Settings:
             refuse(f"{where}.bits", "2 to 8 bits", bits)
         if type(size) is not int or not (size == -1 or 0 < size < 1 << 31):
             fail(f"{where}.group_size", "a positive number or -1", shown(size))
-        return cls(bits, None if size == -1 else size)
+        return cls(bits, None if size == -1 else size, config.get("desc_act") is True)
 
     def grouped(self) -> str:
         """For a label: `int4 g128`."""

@@ -55,7 +55,8 @@ class FloatTensor(SourceTensor):
         return self.file.array(self.name)
 
     def dequantize(self, begin: int = 0, end: int | None = None) -> F32:
-        return as_f32(self.array()[begin:end], self.dtype)
+        values = self.array()
+        return as_f32(values[begin:end] if values.shape else values, self.dtype)
 
     def release(self) -> None:
         self.file.release(self.name)
@@ -67,9 +68,14 @@ class FloatTensor(SourceTensor):
 
 
 def open_shards(path: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the file that holds it. Raises CheckpointError."""
-    if (path / _SINGLE).exists():
-        file = read_safetensors(path / _SINGLE)
+    """Tensor name -> the file that holds it: `model.safetensors`, shards with an index, or the only
+    safetensors file there is, whatever its name (AutoGPTQ's). Raises CheckpointError."""
+    single = path / _SINGLE
+    if not single.exists() and not (path / _INDEX).exists():
+        found = list(path.glob("*.safetensors"))
+        single = found[0] if len(found) == 1 else single
+    if single.exists():
+        file = read_safetensors(single)
         return dict.fromkeys(file.tensors, file)
     if not (path / _INDEX).exists():
         others = any(path.glob("*.bin")) or any(path.glob("*.pt*"))

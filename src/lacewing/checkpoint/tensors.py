@@ -17,9 +17,15 @@ from lacewing.checkpoint.files import fail
 from lacewing.formats import Codes, PackedTensor
 from lacewing.models import DecoderSpec, get_spec
 
-__all__ = ["Source", "SourceTensor", "TokenizerFiles"]
+__all__ = ["FLOATS_TO", "TABLES", "Source", "SourceTensor", "TokenizerFiles"]
 
 F32 = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+FLOATS_TO = "w8a8g32"
+"""What `auto` rounds floats to."""
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Embedding and head, which formats and pruning leave out."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class SourceTensor(ABC):
     @abstractmethod
     def dequantize(self, begin: int = 0, end: int | None = None) -> F32:
         """The weights in f32: rows `begin..end`, or all of a tensor of one dimension."""
+
+    def nonzero(self, begin: int = 0, end: int | None = None) -> Bools:
+        """Where the codes of rows, or without any the weights, are not zero."""
+        found: Bools = self.dequantize(begin, end) != 0
+        return found
 
     def codes(self, begin: int = 0, end: int | None = None) -> tuple[str, Codes] | None:
         """Rows on the tensor's own grid, without loss, as (format, codes); None if it has none."""

@@ -15,7 +15,7 @@ like are not needed. `docs/concepts/checkpoints.md` says what becomes of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from lacewing.checkpoint.compressedtensors import read_compressed_tensors
 from lacewing.checkpoint.files import fail, read_json, shown
 from lacewing.checkpoint.gptq import read_gptq
 from lacewing.checkpoint.parts import Files, Reading
+from lacewing.checkpoint.settings import Config
 from lacewing.checkpoint.shards import FloatTensor, open_shards
 from lacewing.checkpoint.tensors import SourceTensor
 from lacewing.checkpoint.transformers import read_transformers
 from lacewing.errors import UnsupportedModelError
 
 __all__ = ["CONFIG", "QUANTIZATION_KEYS", "Weights", "read_weights"]
-
-Config = Mapping[str, Any]
 
 CONFIG = "config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")

@@ -14,6 +14,7 @@ from torch.nn import Module, MultiheadAttention
 from torch.nn.parameter import UninitializedParameter
 
 from lacewing.checkpoint import AUTO, SourceTensor
+from lacewing.checkpoint.tensors import FLOATS_TO
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import Format, get_format
 from lacewing.nn.candidates import WHOLE, Candidate, LeftAlone, candidates_of
@@ -74,6 +75,8 @@ class Site:
     """Where its matrices are read."""
     key: Any
     """Equal for layers with the same weights in the same format."""
+    search: bool
+    """Whether zeros in the matrices may make the format a sparse one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,10 +201,11 @@ def _site(layer: Layer, name: str, sparsity: float | None, weights: Weights) -> 
     for tensor in found.keeps:
         _check_place(layer.names[0], tensor)
     tensors, key = weights.of(layer.names, found)
-    own = tensors[0].own_format
-    kind = get_format((own or "w8a8g64") if name == AUTO else name)
+    auto = name == AUTO
+    kind = get_format((tensors[0].own_format or FLOATS_TO) if auto else name)
     _check_format(layer.names[0], kind.name, sparsity, False)
-    return Site(layer, found, kind, tensors, (key, kind.name, len(found.matrices)))
+    search = auto and not sparsity and found.parameter is None  # a stack has one format
+    return Site(layer, found, kind, tensors, (key, kind.name, search, len(found.matrices)), search)
 
 
 def _check_place(name: str, tensor: torch.Tensor, read: bool = True) -> None:

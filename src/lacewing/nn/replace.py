@@ -23,6 +23,7 @@ from lacewing import native
 from lacewing.checkpoint.breakeven import MACHINES
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.packing import AHEAD, Job, packing_threads
+from lacewing.checkpoint.patterns import find_sparser
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor
 from lacewing.nn.candidates import Built
@@ -58,8 +59,9 @@ def replace_linear(
     it says what became of every layer, and why one was left alone. Either all of it happens or,
     with an error or Ctrl-C, nothing.
 
-    - format: a weight format, as in `lacewing.pack`; with a checkpoint also `auto`, the format
-      that its weights are in or near to (w8a8g64 for floats).
+    - format: a weight format, as in `lacewing.pack`; with a checkpoint also `auto`, as the
+      engine packs it: the format that its weights are in or near to, w8a8g32 for floats, or a
+      sparse one where they have the zeros for it (but for stacks of experts).
     - sparsity: share of the weights, in [0, 1), that is set to zero first, by magnitude. A sparse
       format without it uses the zeros that are there.
     - include, exclude: one pattern or several; None includes all. A pattern is a name (of a layer,
@@ -171,7 +173,8 @@ def _results(
     waiting: deque[Job] = deque()
     for site in sites:
         for tensor in site.tensors:
-            waiting.append(Job(pool, tensor, site.format, sparsity, machine))
+            found = find_sparser(tensor, machine, pool) if site.search else None
+            waiting.append(Job(pool, tensor, site.format, sparsity, machine, found))
             while sum(job.weights for job in waiting) > AHEAD + waiting[0].weights:
                 yield _finish(waiting.popleft())
     while waiting:
