@@ -271,6 +271,7 @@ def encoders(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, nn.Mod
     choices += [
         ("w8a8, output.dense w8a8g64", dense, "w8a8", {"per_layer": MIXED}),
         ("w8a8, the rest bf16", half, "w8a8", {}),
+        ("w8a8g64, the rest bf16", half, "w8a8g64", {}),
         ("w8a8_b16x1 80 %", dense, "w8a8_b16x1", {"sparsity": 0.8}),
         ("w8a8g64_sp 80 %", dense, "w8a8g64_sp", {"sparsity": 0.8}),
     ]
