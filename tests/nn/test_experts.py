@@ -269,6 +269,24 @@ def test_sparse_experts() -> None:
         torch.testing.assert_close(model(tokens).logits, want, rtol=0, atol=1e-4)
 
 
+def test_one_expert_without_zeros_makes_all_of_them_dense() -> None:
+    dense = mixture("Mixtral")
+    weights = dense.model.layers[0].mlp.experts.down_proj
+    with torch.no_grad():
+        weights[1:] *= torch.rand_like(weights[1:]) < 0.2
+    model = copy.deepcopy(dense)
+    report = replace_linear(model, "w8a8g64_sp", include="*.layers.0.*.down_proj", machine="avx512")
+    (layer,) = report.replaced
+    assert (layer.format, layer.instead_of) == ("w8a8g64", "w8a8g64_sp")
+    stack = model.model.layers[0].mlp.experts.down_proj
+    assert layer.bytes_after == sum(part.nbytes for part in stack.buffers())
+    plain = copy.deepcopy(dense)
+    replace_linear(plain, "w8a8g64", include="*.layers.0.*.down_proj")
+    tokens = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
 def llama4() -> tuple[nn.Module, tuple[Any, ...]]:
     llama = pytest.importorskip("transformers.models.llama4.modeling_llama4")
     config = llama.Llama4TextConfig(hidden_size=64, intermediate_size=32, num_local_experts=3)

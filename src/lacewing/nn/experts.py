@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from lacewing import native
+from lacewing.checkpoint.breakeven import dense_twin
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
@@ -236,8 +237,10 @@ def _dense(value: Any) -> Any:
 
 def join(packed: Sequence[PackedTensor]) -> PackedTensor:
     """The weights of all experts as one: `shape` is that of each, parts have a leading axis of
-    experts; streams differ in length and are laid end to end. Raises FormatError if they differ
-    in format or shape."""
+    experts; streams differ in length and are laid end to end. Where some experts are dense because
+    they have too few zeros, all are. Raises FormatError if they differ in format or shape
+    otherwise."""
+    packed = _alike(packed)
     kinds = {(each.format, each.shape) for each in packed}
     if len(kinds) != 1:
         raise FormatError(f"experts must have one format and one shape, got {sorted(kinds)}")
@@ -252,6 +255,20 @@ def join(packed: Sequence[PackedTensor]) -> PackedTensor:
     np.concatenate(streams, out=joined)
     offsets = np.stack([p.parts["offsets"] + at for p, at in zip(packed, begins, strict=True)])
     return PackedTensor(format, shape, {"stream": joined, "offsets": offsets})
+
+
+def _alike(packed: Sequence[PackedTensor]) -> Sequence[PackedTensor]:
+    dense = next((each.format for each in packed if not get_format(each.format).sparse), None)
+    if dense is None:
+        return packed
+    return [_dense_twin_of(each) if each.format != dense else each for each in packed]
+
+
+def _dense_twin_of(packed: PackedTensor) -> PackedTensor:
+    """The same weights in the dense format of the same width, or as they are."""
+    kind = get_format(packed.format)
+    twin = dense_twin(kind)
+    return packed if twin is None else twin.pack(kind.unpack(packed))
 
 
 def _array(part: Any) -> Array:

@@ -126,9 +126,7 @@ class _Made:
 class _Done:
     """What a job says of its matrix."""
 
-    format: str
     weights: int
-    nbytes: int
     lost: float
     whole: float
     exact: bool
@@ -186,9 +184,7 @@ def _finish(job: Job) -> tuple[PackedTensor, _Done]:
     assert isinstance(packed, PackedTensor)
     stored = None if said.density is None else said.density * job.weights
     done = _Done(
-        packed.format,
         job.weights,
-        packed.nbytes,
         job.lost,
         job.whole,
         said.exact,
@@ -254,7 +250,7 @@ def _parameter_names(site: Site) -> set[str]:
 def _report(site: Site, made: _Made, held: Sequence[str]) -> LayerReport:
     jobs, found = made.jobs, site.candidate
     weights = sum(job.weights for job in jobs)
-    nbytes = sum(job.nbytes for job in jobs)
+    nbytes = sum(packed.nbytes for packed in made.packed)
     lost, whole = sum(job.lost for job in jobs), sum(job.whole for job in jobs)
     stored = [job.stored for job in jobs if job.stored is not None]
     parameters = {id(m.parameter): m.parameter for m in found.matrices}.values()
@@ -263,7 +259,7 @@ def _report(site: Site, made: _Made, held: Sequence[str]) -> LayerReport:
         names=site.layer.names,
         kind=site.layer.kind,
         shape=found.shape,
-        format="/".join(sorted({job.format for job in jobs})),
+        format="/".join(sorted({packed.format for packed in made.packed})),
         bytes_before=0 if held or not made.first else dense,
         bytes_after=nbytes if made.first else 0,
         bits_per_weight=8 * nbytes / weights,
