@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 _F32 = NDArray[np.float32]
 _I32 = NDArray[np.int32]
+_U16 = NDArray[np.uint16]
 
 class _Isa(TypedDict):
     name: str
@@ -105,6 +106,16 @@ def act_mul(
 
 def rope(x: _F32, cos: _F32, sin: _F32, isa: str | None = None) -> _F32:
     """Rows of x `[m, d]` turned by their angles `[m, d / 2]`; lane i goes with lane i + d / 2."""
+
+def widen(x: _U16, type: Literal["f16", "bf16"], isa: str | None = None) -> _F32:
+    """Bits `[n]` of 16-bit floats as f32."""
+
+def narrow(x: _F32, type: Literal["f16", "bf16"], isa: str | None = None) -> _U16:
+    """f32 `[n]` as the bits of 16-bit floats, to nearest even."""
+
+def define_torch_operators(schemas: list[str]) -> str:
+    """Defines `lacewing::<schema>`, all of them `linear` for the CPU, in the PyTorch that is loaded.
+    Returns what its stable C interface lacks, and then nothing is defined; "" if it is all there."""
 
 def attention(
     q: _F32,
