@@ -114,8 +114,8 @@ def narrow(x: _F32, type: Literal["f16", "bf16"], isa: str | None = None) -> _U1
     """f32 `[n]` as the bits of 16-bit floats, to nearest even."""
 
 def define_torch_operators(schemas: list[str]) -> str:
-    """Defines `lacewing::<schema>`, all of them `linear` for the CPU, in the loaded PyTorch. Returns
-    what its stable C interface lacks, and then nothing is defined; "" if it is all there."""
+    """Defines `lacewing::<schema>`, all of them `linear` for the CPU, in the loaded PyTorch.
+    Returns what its stable C interface lacks, and then nothing is defined; "" if all is there."""
 
 def attention(
     q: _F32,
