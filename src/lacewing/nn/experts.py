@@ -16,7 +16,7 @@ from lacewing.checkpoint.breakeven import dense_twin
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
-from lacewing.nn.linear import saved_by_torch
+from lacewing.nn.linear import refuse_torch_save
 from lacewing.nn.weight import PackedWeight
 
 __all__ = ["PackedExperts", "TransposedWeight", "join"]
@@ -181,11 +181,7 @@ class PackedExperts(Module):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if saved_by_torch():
-            raise RequestError(
-                "torch.save: a module with packed layers is not saved as a pickle",
-                hint="save its state_dict(), with torch.save or safetensors",
-            )
+        refuse_torch_save()
         return super().__reduce_ex__(protocol)
 
     def __getstate__(self) -> dict[str, Any]:

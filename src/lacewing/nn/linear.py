@@ -22,7 +22,7 @@ from lacewing.nn.ops import FLOATS
 from lacewing.nn.spill import in_memory
 from lacewing.nn.weight import PackedWeight
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "refuse_torch_save"]
 
 _STAYS = "its kernels are for CPUs: move the dense model instead"
 
@@ -248,11 +248,7 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if saved_by_torch():
-            raise RequestError(
-                "torch.save: a module with packed layers is not saved as a pickle",
-                hint="save its state_dict(), with torch.save or safetensors",
-            )
+        refuse_torch_save()
         names = self._part_names()
         parts = save_safetensors({name: self._buffers[name].contiguous() for name in names})
         state = {key: value for key, value in self.__dict__.items() if key != "_weight"}
@@ -266,14 +262,16 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         self._buffers.update(parts)
 
 
-def saved_by_torch() -> bool:
-    """Whether `torch.save` is what pickles."""
+def refuse_torch_save() -> None:
+    """Raises RequestError if `torch.save` is what pickles."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.serialization":
-            return True
-    return False
+            raise RequestError(
+                "torch.save: a module with packed layers is not saved as a pickle",
+                hint="save its state_dict(), with torch.save or safetensors",
+            )
 
 
 def _restore(data: bytes, format: str, shape: tuple[int, int], dtype: torch.dtype) -> Linear:
