@@ -124,6 +124,14 @@ def test_torch_in_torch_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (y.array == lacewing.linear(x, packed, bias)).all()
 
 
+@pytest.mark.parametrize("name", ["replace_linear", "LacewingConfig", "nn"])
+def test_what_needs_torch_says_so_without_it(name: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; import lacewing; lacewing.{name}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "LacewingError" in run.stderr
+    assert "needs torch, which is not installed" in run.stderr
+
+
 def test_real_torch() -> None:
     torch = pytest.importorskip("torch", reason="torch is an extra")
     packed, x = packed_weight(), torch.randn(2, 3, 70, dtype=torch.bfloat16)

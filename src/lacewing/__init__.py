@@ -81,12 +81,26 @@ _PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn"}
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
-        return import_module(f"lacewing.{name}")
+        return _package(name)
     if name not in _HOME:
         raise AttributeError(f"module 'lacewing' has no attribute {name!r}")
-    value = getattr(import_module(f"lacewing.{_HOME[name]}"), name)
+    value = getattr(_package(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(f"lacewing.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors"):
+            raise
+        from lacewing.errors import LacewingError
+
+        raise LacewingError(
+            f"`lacewing.{name}` needs {error.name}, which is not installed",
+            hint="pip install 'lacewing[torch]'",
+        ) from error
 
 
 def __dir__() -> list[str]:
