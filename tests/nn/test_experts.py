@@ -269,6 +269,20 @@ def test_sparse_experts() -> None:
         torch.testing.assert_close(model(tokens).logits, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["w8a8g64", "w8a8g64_sp"])
+def test_what_is_loaded_is_copied(format: str) -> None:
+    experts = stack(format)
+    wanted = experts.dequantized()
+    state = {
+        name: torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+        for name, tensor in experts.state_dict().items()
+    }
+    experts.load_state_dict(state)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(experts.dequantized(), wanted)
+
+
 def test_one_expert_without_zeros_makes_all_of_them_dense() -> None:
     dense = mixture("Mixtral")
     weights = dense.model.layers[0].mlp.experts.down_proj

@@ -29,7 +29,7 @@ from lacewing.checkpoint.parts import Files, Parts, Reading
 from lacewing.checkpoint.safetensors import NAMES
 from lacewing.errors import CheckpointError, FormatError, UnsupportedModelError
 from lacewing.formats import PackedTensor, get_format
-from lacewing.formats.base import aligned_empty
+from lacewing.formats.base import aligned_copy
 
 __all__ = ["DAMAGED", "VERSION", "check_config", "damaged", "read_transformers"]
 
@@ -137,8 +137,5 @@ class _Saved(PackedWeight):
     def packed(self) -> PackedTensor:
         """On 64-byte boundaries, which files of transformers do not keep."""
         stored = super().packed()
-        parts = {}
-        for name, array in stored.parts.items():
-            parts[name] = aligned_empty(array.shape, array.dtype)
-            parts[name][...] = array
+        parts = {name: aligned_copy(array) for name, array in stored.parts.items()}
         return PackedTensor(stored.format, stored.shape, parts)

@@ -19,7 +19,7 @@ from lacewing import formats
 from lacewing.cli import screen
 from lacewing.cli.probe import random_codes
 from lacewing.errors import FormatError, RequestError
-from lacewing.formats.base import aligned_empty
+from lacewing.formats.base import aligned_copy
 from lacewing.native import compiled, tensor
 
 LEAST_COLD = 2.0  # times the last-level cache: below, a figure may be that of the cache
@@ -148,15 +148,8 @@ class Packed:
 
 
 def _copy_of(packed: formats.PackedTensor) -> formats.PackedTensor:
-    parts = {name: _aligned_copy(part) for name, part in packed.parts.items()}
+    parts = {name: aligned_copy(part) for name, part in packed.parts.items()}
     return formats.PackedTensor(packed.format, packed.shape, parts)
-
-
-def _aligned_copy(part: np.ndarray) -> np.ndarray:
-    """A copy that is 64-byte aligned, as parts in a file are: `copy` aligns to 16 only."""
-    out = aligned_empty(part.shape, part.dtype)
-    out[...] = part
-    return out
 
 
 # ---- memory

@@ -27,6 +27,7 @@ __all__ = [
     "Format",
     "PackedTensor",
     "add_bias",
+    "aligned_copy",
     "aligned_empty",
     "as_weight",
     "check_activations",
@@ -383,6 +384,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT
     out: Array = raw[begin : begin + nbytes].view(kind).reshape(shape)
+    return out
+
+
+def aligned_copy(array: Array) -> Array:
+    """A copy of `array` that begins on a 64-byte boundary."""
+    out = aligned_empty(array.shape, array.dtype)
+    out[...] = array
     return out
 
 

@@ -16,7 +16,8 @@ from lacewing.checkpoint.breakeven import dense_twin
 from lacewing.errors import FormatError, RequestError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.formats.base import Array, aligned_empty
-from lacewing.nn.linear import refuse_torch_save
+from lacewing.nn.linear import array_of, refuse_torch_save
+from lacewing.nn.spill import in_memory
 from lacewing.nn.weight import PackedWeight
 
 __all__ = ["PackedExperts", "TransposedWeight", "join"]
@@ -167,8 +168,9 @@ class PackedExperts(Module):
         ]
         if not missing:
             try:
-                parts = {name: _array(state_dict[key]) for name, key in keys.items()}
-                self._set_packed(PackedTensor(self.format, self.matrix_shape, parts))
+                parts = {name: array_of(state_dict[key]) for name, key in keys.items()}
+                stack = PackedTensor(self.format, self.matrix_shape, parts)
+                self._set_packed(in_memory(stack))
             except (FormatError, TypeError, ValueError, IndexError) as error:
                 error_msgs.append(f"`{prefix.rstrip('.')}`: not experts in {self.format}: {error}")
 
@@ -265,14 +267,6 @@ def _dense_twin_of(packed: PackedTensor) -> PackedTensor:
     kind = get_format(packed.format)
     twin = dense_twin(kind)
     return packed if twin is None else twin.pack(kind.unpack(packed))
-
-
-def _array(part: Any) -> Array:
-    if not isinstance(part, torch.Tensor) or part.device.type != "cpu":
-        place = f" on {part.device}" if isinstance(part, torch.Tensor) else ""
-        raise FormatError(f"parts must be tensors on the CPU, got a {type(part).__name__}{place}")
-    array: Array = part.detach().numpy()
-    return array
 
 
 def _stacked(parts: Sequence[Array]) -> Array:

@@ -22,7 +22,7 @@ from lacewing.nn.ops import FLOATS
 from lacewing.nn.spill import in_memory
 from lacewing.nn.weight import PackedWeight
 
-__all__ = ["Linear", "refuse_torch_save"]
+__all__ = ["Linear", "array_of", "refuse_torch_save"]
 
 _STAYS = "its kernels are for CPUs: move the dense model instead"
 
@@ -223,7 +223,7 @@ class Linear(NonDynamicallyQuantizableLinear):  # a nn.Linear that quantizers (t
         parts from a file begin wherever they like."""
         shape = (self.out_features, self.in_features)
         try:
-            arrays = {name: _array(part) for name, part in parts.items()}
+            arrays = {name: array_of(part) for name, part in parts.items()}
             packed = PackedTensor(self.format, shape, arrays)
             get_format(self.format).validate(packed)
             self._set_packed(in_memory(packed))
@@ -290,7 +290,7 @@ def _packed_already() -> RequestError:
     )
 
 
-def _array(part: Any) -> Any:
+def array_of(part: Any) -> Any:
     """A part of a state dict, without PyTorch."""
     if not isinstance(part, torch.Tensor) or part.device.type != "cpu":
         what = f"one on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__

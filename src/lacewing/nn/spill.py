@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lacewing.formats import PackedTensor
-from lacewing.formats.base import Array, aligned_empty
+from lacewing.formats.base import Array, aligned_copy
 
 __all__ = ["Spill", "in_memory"]
 
@@ -91,13 +91,7 @@ class Spill:
 def in_memory(packed: PackedTensor) -> PackedTensor:
     """A copy of `packed` in memory of its own; `packed` itself where there is none left."""
     try:
-        parts = {name: _copy(part) for name, part in packed.parts.items()}
+        parts = {name: aligned_copy(part) for name, part in packed.parts.items()}
     except MemoryError:
         return packed
     return PackedTensor(packed.format, packed.shape, parts)
-
-
-def _copy(part: Array) -> Array:
-    out = aligned_empty(part.shape, part.dtype)
-    out[...] = part
-    return out
