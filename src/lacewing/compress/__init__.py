@@ -1,0 +1,1 @@
+"""Compression with calibration: prune and round a model so that its outputs change least."""

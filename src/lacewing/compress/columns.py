@@ -1,0 +1,116 @@
+"""Prune and round column by column, and make up for each error in the columns that follow.
+
+One solver for SparseGPT (arXiv:2301.00774) and GPTQ (arXiv:2210.17323): with U upper triangular and
+U^T U = H^-1, column j becomes its nearest value on the grid, or 0 where the mask says, and
+
+    w[:, j+1:] -= (w[:, j] - w'[:, j]) / U[j, j] * U[j, j+1:]
+
+Columns are taken in blocks, so that most of the work is a matrix product. With activation order the
+columns of large inputs come first, and scales are those of the weights before the first step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lacewing.compress.grid import Grid, Scales
+from lacewing.compress.problem import Problem
+
+__all__ = ["Solution", "solve_columns"]
+
+_BLOCK = 128
+"""Columns whose updates to later ones are made together."""
+
+
+class Solution:
+    """Levels `[n, k]` on a grid, with the scales of every group."""
+
+    def __init__(self, grid: Grid, levels: Tensor, scales: list[Scales]) -> None:
+        self.grid, self.levels, self.scales = grid, levels, scales
+
+    def values(self) -> Tensor:
+        """The weights `[n, k]` that it stands for."""
+        size = self.grid.group_size(self.levels.shape[1])
+        parts = self.levels.split(size, dim=1)
+        return torch.cat(
+            [self.grid.values(part, s) for part, s in zip(parts, self.scales, strict=True)], dim=1
+        )
+
+
+def solve_columns(
+    problem: Problem, grid: Grid, mask: Tensor | None = None, act_order: bool = False
+) -> Solution:
+    """mask: bool `[n, k]`, True for the weights that stay; None: all."""
+    w = problem.weight.clone()
+    k = w.shape[1]
+    size = grid.group_size(k)
+    importance = problem.diagonal
+    scales: list[Scales | None] = [None] * -(-k // size)
+    if act_order or size == k:
+        scales = [_fit(grid, w, mask, importance, g, size) for g in range(len(scales))]
+    if act_order:
+        order = torch.argsort(problem.diagonal, descending=True, stable=True)
+        upper = _ordered(problem, order)
+    else:
+        order, upper = torch.arange(k), problem.inverse_factor
+    inverse = torch.argsort(order)
+    w = w[:, order]
+    kept = None if mask is None else mask[:, order]
+    groups = (order // size).tolist()
+    levels = torch.empty_like(w)
+    for begin in range(0, k, _BLOCK):
+        end = min(begin + _BLOCK, k)
+        block, u = w[:, begin:end], upper[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for j in range(end - begin):
+            g = groups[begin + j]
+            if scales[g] is None:
+                # not in activation order: inputs are where they were, and the part of the group
+                # that lies beyond this block has not yet been told of the errors in it
+                stale = w if (g + 1) * size <= end else _flushed(w, errors[:, :j], upper, begin, end)
+                scales[g] = _fit(grid, stale, mask, importance, g, size)
+            found = scales[g]
+            assert found is not None
+            column = block[:, j]
+            level = grid.levels(column, found)
+            value = grid.values(level, found)
+            if kept is not None:
+                level, value = level * kept[:, begin + j], value * kept[:, begin + j]
+            levels[:, begin + j] = level
+            error = (column - value) / u[j, j]
+            errors[:, j] = error
+            if j + 1 < end - begin:
+                block[:, j + 1 :].addr_(error, u[j, j + 1 :], alpha=-1)
+        if end < k:
+            w[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
+    return Solution(grid, levels[:, inverse], [_known(s) for s in scales])
+
+
+def _fit(
+    grid: Grid, w: Tensor, mask: Tensor | None, importance: Tensor, g: int, size: int
+) -> Scales:
+    part = slice(g * size, (g + 1) * size)
+    weight = importance[part]
+    if mask is None:
+        return grid.fit(w[:, part], weight)
+    return grid.fit(w[:, part] * mask[:, part], weight * mask[:, part])
+
+
+def _flushed(w: Tensor, errors: Tensor, upper: Tensor, begin: int, end: int) -> Tensor:
+    """`w` with the errors so far of the block `begin..end` spread to the columns beyond it."""
+    out = w.clone()
+    done = errors.shape[1]
+    out[:, end:].addmm_(errors, upper[begin : begin + done, end:], alpha=-1)
+    return out
+
+
+def _ordered(problem: Problem, order: Tensor) -> Tensor:
+    """The inverse factor of the Hessian with its inputs in `order`."""
+    h = problem.damped[order][:, order]
+    return Problem(problem.name, problem.weight, h, problem.tokens).inverse_factor
+
+
+def _known(scales: Scales | None) -> Scales:
+    assert scales is not None
+    return scales
