@@ -20,7 +20,8 @@ from lacewing.compress.problem import Problem
 __all__ = ["Solution", "solve_columns"]
 
 _BLOCK = 128
-"""Columns whose updates to later ones are made together."""
+"""Columns whose updates to later ones are made together: whole groups of every format, so that the
+scales of a group are fitted to weights that know of all errors before it."""
 
 
 class Solution:
@@ -66,10 +67,7 @@ def solve_columns(
         for j in range(end - begin):
             g = groups[begin + j]
             if scales[g] is None:
-                # not in activation order: inputs are where they were, and the part of the group
-                # that lies beyond this block has not yet been told of the errors in it
-                stale = w if (g + 1) * size <= end else _flushed(w, errors[:, :j], upper, begin, end)
-                scales[g] = _fit(grid, stale, mask, importance, g, size)
+                scales[g] = _fit(grid, w, mask, importance, g, size)
             found = scales[g]
             assert found is not None
             column = block[:, j]
@@ -95,14 +93,6 @@ def _fit(
     if mask is None:
         return grid.fit(w[:, part], weight)
     return grid.fit(w[:, part] * mask[:, part], weight * mask[:, part])
-
-
-def _flushed(w: Tensor, errors: Tensor, upper: Tensor, begin: int, end: int) -> Tensor:
-    """`w` with the errors so far of the block `begin..end` spread to the columns beyond it."""
-    out = w.clone()
-    done = errors.shape[1]
-    out[:, end:].addmm_(errors, upper[begin : begin + done, end:], alpha=-1)
-    return out
 
 
 def _ordered(problem: Problem, order: Tensor) -> Tensor:
