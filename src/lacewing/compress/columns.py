@@ -52,7 +52,7 @@ def solve_columns(
         scales = [_fit(grid, w, mask, importance, g, size) for g in range(len(scales))]
     if act_order:
         order = torch.argsort(problem.diagonal, descending=True, stable=True)
-        upper = _ordered(problem, order)
+        upper = problem.ordered_factor(order)
     else:
         order, upper = torch.arange(k), problem.inverse_factor
     inverse = torch.argsort(order)
@@ -93,12 +93,6 @@ def _fit(
     if mask is None:
         return grid.fit(w[:, part], weight)
     return grid.fit(w[:, part] * mask[:, part], weight * mask[:, part])
-
-
-def _ordered(problem: Problem, order: Tensor) -> Tensor:
-    """The inverse factor of the Hessian with its inputs in `order`."""
-    h = problem.damped[order][:, order]
-    return Problem(problem.name, problem.weight, h, problem.tokens).inverse_factor
 
 
 def _known(scales: Scales | None) -> Scales:
