@@ -6,23 +6,30 @@ the papers' formulas, some of which are the roots of these.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lacewing.errors import RecipeError
 from lacewing.formats import Format
 from lacewing.formats.nm import KEPT, OF
-from lacewing.formats.prune import largest_of, magnitude_mask
+from lacewing.formats.prune import largest_of
 from lacewing.formats.tiles import STRIP
 
-__all__ = ["check_sparsity", "choose_mask", "in_blocks", "magnitude", "obs", "of_four", "wanda"]
-
-F32 = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
+__all__ = [
+    "Choice",
+    "check_sparsity",
+    "choose_mask",
+    "in_blocks",
+    "magnitude",
+    "obs",
+    "of_four",
+    "wanda",
+]
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -44,28 +51,46 @@ def obs(weight: Tensor, inverse_factor: Tensor) -> Tensor:
 
 
 def choose_mask(
-    score: Tensor, format: Format, sparsity: float, per: Literal["row", "layer"] = "row"
+    score: Tensor,
+    format: Format,
+    sparsity: float,
+    per: Literal["row", "layer"] = "row",
+    before: int = 0,
 ) -> Tensor:
     """True for the weights that stay, bool `[n, k]`, given what dropping each costs.
 
     N:M formats keep the two highest scores of every four inputs. Block formats drop
     `floor(k * sparsity + 0.5)` inputs in every strip of 16 outputs, those with the least sum of
     scores. All others drop as many in every row, or, per layer, `floor(n * k * sparsity + 0.5)`
-    in all. Of equal scores the earlier go.
+    in all. Of equal scores the earlier go. before: inputs that were chosen from earlier, of a
+    layer that is masked in parts; the parts drop as many as the whole would.
 
     Raises RecipeError for a sparsity that the format cannot hold.
     """
     check_sparsity(format, sparsity)
-    values = score.numpy()
     if of_four(format):
-        keep = largest_of(values, KEPT, OF)
-    elif in_blocks(format):
-        keep = _strips(values, sparsity)
-    elif per == "row":
-        keep = magnitude_mask(values, sparsity)
-    else:
-        keep = magnitude_mask(values.reshape(1, -1), sparsity).reshape(values.shape)
-    return torch.from_numpy(keep)
+        return torch.from_numpy(largest_of(score.numpy(), KEPT, OF))
+    n, k = score.shape
+    rows = _strips(score) if in_blocks(format) else score.reshape(n if per == "row" else 1, -1)
+    width = rows.shape[1] // k
+    drop = _count(width * (before + k) * sparsity) - _count(width * before * sparsity)
+    keep = _without_lowest(rows, drop)
+    return keep.repeat_interleave(STRIP, dim=0)[:n] if in_blocks(format) else keep.view(n, k)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mask that the column solver chooses as it goes, by what `obs` says of the weights as they
+    are by then (SparseGPT, arXiv:2301.00774): unstructured in each block of columns over all
+    rows, block formats in each strip, N:M in every four columns."""
+
+    format: Format
+    sparsity: float
+
+    def choose(self, weight: Tensor, inverse_factor: Tensor, before: int = 0) -> Tensor:
+        """The mask of columns `[n, c]`, given U `[c, c]`; `before` columns are done."""
+        score = obs(weight, inverse_factor)
+        return choose_mask(score, self.format, self.sparsity, "layer", before)
 
 
 def of_four(format: Format) -> bool:
@@ -95,8 +120,16 @@ def check_sparsity(format: Format, sparsity: float) -> None:
         )
 
 
-def _strips(score: F32, sparsity: float) -> Bools:
-    n = len(score)
-    total = np.add.reduceat(score, np.arange(0, n, STRIP), axis=0, dtype=np.float64)
-    keep: Bools = np.repeat(magnitude_mask(total, sparsity), STRIP, axis=0)[:n]
-    return keep
+def _strips(score: Tensor) -> Tensor:
+    """Sums over strips of outputs, f64 `[ceil(n / 16), k]`."""
+    first = np.arange(0, len(score), STRIP)
+    return torch.from_numpy(np.add.reduceat(score.numpy(), first, axis=0, dtype=np.float64))
+
+
+def _count(share: float) -> int:
+    return math.floor(share + 0.5)
+
+
+def _without_lowest(rows: Tensor, drop: int) -> Tensor:
+    lowest = rows.argsort(dim=1, stable=True)[:, :drop]
+    return torch.ones(rows.shape, dtype=torch.bool).scatter_(1, lowest, False)
