@@ -9,9 +9,9 @@ Scales: what a stage's layers read is divided by s, and their weights are multip
                        pre_feedforward_layernorm under sandwich_norm
     3      down        up (rows)                                     intermediate_size
 
-A value channel is read by all query heads of its group, so that their columns of o share one factor.
-Of gate and up only up can be divided: gate goes through the activation. q and k may exchange a factor
-per pair of channels that rope turns together.
+A value channel is read by all query heads of its group, so that their columns of o share one
+factor. Of gate and up only up can be divided: gate goes through the activation. q and k may exchange
+a factor per pair of channels that rope turns together.
 
 Orders: the channels of a stage's input are rearranged, and what makes them with them. The inner
 channels of the MLP go in any order, value channels stay within their head, and the residual stream
@@ -32,7 +32,11 @@ from lacewing.models import DecoderSpec
 
 __all__ = [
     "channels",
+    "check_order",
+    "divided_by",
     "expand",
+    "input_order",
+    "merge",
     "permute_ends",
     "permute_hidden",
     "permute_inputs",
@@ -59,7 +63,24 @@ def expand(spec: DecoderSpec, stage: int, values: Tensor) -> Tensor:
     return heads.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=0).flatten()
 
 
-@torch.no_grad()
+def merge(spec: DecoderSpec, stage: int, values: Tensor, largest: bool = False) -> Tensor:
+    """Of values `[k]`, one per input of the stage's layers, those `[channels]`: in stage 1 the mean
+    over the query heads of a group, or the largest."""
+    if stage != 1:
+        return values
+    heads = values.view(spec.n_kv_heads, -1, spec.head_dim)
+    return (heads.amax(1) if largest else heads.mean(1)).flatten()
+
+
+def input_order(spec: DecoderSpec, stage: int, order: Tensor) -> Tensor:
+    """The order of the inputs `[k]` of the stage's layers, given that of the channels."""
+    if stage != 1:
+        return order
+    within = (order % spec.head_dim).view(spec.n_kv_heads, spec.head_dim)
+    heads = within.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=0)
+    return (heads + spec.head_dim * torch.arange(spec.n_heads)[:, None]).flatten()
+
+
 def scale_inputs(block: Block, stage: int, scales: Tensor) -> None:
     """Divides the input of `STAGES[stage]` by `scales` `[channels]` and multiplies its layers.
 
@@ -69,15 +90,22 @@ def scale_inputs(block: Block, stage: int, scales: Tensor) -> None:
     _check_scales(where, scales, channels(block.spec, stage))
     inputs = expand(block.spec, stage, scales)
     for name in STAGES[stage]:
-        block.linear(name).weight.mul_(inputs.to(block.linear(name).weight.dtype))
+        weight = _weight(block, name)
+        weight.mul_(inputs.to(weight.dtype))
     if stage in (0, 2):
-        norm = block.norm(_norm_before(block.spec, stage))
+        norm = _norm(block, _norm_before(block.spec, stage))
         norm.div_(scales.to(norm.dtype))
     else:
         _scale_rows(block, _maker(stage), 1 / scales)
 
 
-@torch.no_grad()
+def divided_by(block: Block, stage: int, scales: Tensor) -> Tensor:
+    """What `scale_inputs` would leave of the norm `[hidden_size]`, or of the rows of v or up."""
+    if stage in (0, 2):
+        return _norm(block, _norm_before(block.spec, stage)) / scales
+    return _weight(block, _maker(stage)) / scales[:, None]
+
+
 def scale_queries(block: Block, scales: Tensor) -> None:
     """Multiplies queries by `scales` and divides keys by them: `[n_kv_heads, head_dim / 2]`, or
     `[1, head_dim / 2]` for all heads. The two halves of a pair that rope turns share a factor, and
@@ -100,7 +128,7 @@ def scale_queries(block: Block, scales: Tensor) -> None:
     _check_scales(where, scales.flatten(), scales.shape[0] * spec.head_dim // 2)
     pairs = torch.cat([scales, scales], dim=1)  # channel i turns with i + head_dim / 2
     if spec.qk_norm:
-        q, k = block.norm("self_attn.q_norm"), block.norm("self_attn.k_norm")
+        q, k = _norm(block, "self_attn.q_norm"), _norm(block, "self_attn.k_norm")
         q.mul_(pairs[0].to(q.dtype))
         k.div_(pairs[0].to(k.dtype))
         return
@@ -110,7 +138,6 @@ def scale_queries(block: Block, scales: Tensor) -> None:
     _scale_rows(block, "self_attn.k_proj", 1 / keys.flatten())
 
 
-@torch.no_grad()
 def permute_inputs(block: Block, stage: int, order: Tensor) -> None:
     """Channel i of the input of `STAGES[stage]` becomes what channel `order[i]` was.
 
@@ -129,15 +156,14 @@ def permute_inputs(block: Block, stage: int, order: Tensor) -> None:
     makers = (_maker(stage),) if stage == 1 else STAGES[2]
     for name in makers:
         _take_rows(block, name, order)
-    inputs = _input_order(block.spec, order) if stage == 1 else order
+    inputs = input_order(block.spec, stage, order)
     for name in STAGES[stage]:
         _take_columns(block, name, inputs)
 
 
-@torch.no_grad()
 def permute_hidden(block: Block, order: Tensor) -> None:
-    """Channel i of the residual stream becomes what channel `order[i]` was, in this block. The other
-    blocks and `permute_ends` need the same order.
+    """Channel i of the residual stream becomes what channel `order[i]` was, in this block. The
+    other blocks and `permute_ends` need the same order.
 
     Raises RecipeError for what is not a permutation of the channels.
     """
@@ -151,7 +177,7 @@ def permute_hidden(block: Block, order: Tensor) -> None:
     if block.spec.sandwich_norm:
         names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for name in names:
-        norm = block.norm(name)
+        norm = _norm(block, name)
         norm.copy_(norm[order])
 
 
@@ -198,13 +224,6 @@ def _check_scales(where: str, scales: Tensor, size: int) -> None:
         )
 
 
-def _input_order(spec: DecoderSpec, order: Tensor) -> Tensor:
-    """The order of the inputs of o `[n_heads * head_dim]`, given that of the value channels."""
-    within = (order % spec.head_dim).view(spec.n_kv_heads, spec.head_dim)
-    heads = within.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=0)
-    return (heads + spec.head_dim * torch.arange(spec.n_heads)[:, None]).flatten()
-
-
 def _maker(stage: int) -> str:
     """The layer that makes the input of stage 1 or 3, channel for channel."""
     return "self_attn.v_proj" if stage == 1 else "mlp.up_proj"
@@ -217,23 +236,32 @@ def _norm_before(spec: DecoderSpec, stage: int) -> str:
 
 
 def _scale_rows(block: Block, name: str, factors: Tensor) -> None:
-    layer = block.linear(name)
-    factors = factors.to(layer.weight.dtype)
-    layer.weight.mul_(factors[:, None])
-    if layer.bias is not None:
-        layer.bias.mul_(factors)
+    weight, bias = _weight(block, name), block.linear(name).bias
+    factors = factors.to(weight.dtype)
+    weight.mul_(factors[:, None])
+    if bias is not None:
+        bias.detach().mul_(factors)
 
 
 def _take_rows(block: Block, name: str, order: Tensor) -> None:
-    layer = block.linear(name)
-    layer.weight.copy_(layer.weight[order])
-    if layer.bias is not None:
-        layer.bias.copy_(layer.bias[order])
+    weight, bias = _weight(block, name), block.linear(name).bias
+    weight.copy_(weight[order])
+    if bias is not None:
+        bias.detach().copy_(bias.detach()[order])
 
 
 def _take_columns(block: Block, name: str, order: Tensor) -> None:
-    weight = block.linear(name).weight
+    weight = _weight(block, name)
     weight.copy_(weight[:, order])
+
+
+def _weight(block: Block, name: str) -> Tensor:
+    """The parameter's values, which may be changed in place."""
+    return block.linear(name).weight.detach()
+
+
+def _norm(block: Block, name: str) -> Tensor:
+    return block.norm(name).detach()
 
 
 def _values(spec: DecoderSpec) -> int:

@@ -1,6 +1,6 @@
 """What rounding to nearest costs a set of layers that read the same input: the judge of smoothing
-and reordering. No forward pass: the weights' part is a form of the Hessian, the activations' part is
-measured on a sample of rows.
+and reordering. No forward pass: the weights' part is a form of the Hessian, the activations' part
+is measured on a sample of rows.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ class Inputs:
 
     def divided(self, scales: Tensor) -> Inputs:
         """Those of x / scales, `[k]`."""
-        return Inputs(
-            scale_hessian(self.hessian, scales), self.absmax / scales, self.rows / scales
-        )
+        return Inputs(scale_hessian(self.hessian, scales), self.absmax / scales, self.rows / scales)
 
     def ordered(self, order: Tensor) -> Inputs:
         """Those of x[order]."""
@@ -95,7 +93,7 @@ def error(weights: Sequence[Tensor], formats: Sequence[Format], inputs: Inputs) 
             rounded[group] = round_activations(inputs.rows, format) - inputs.rows
         total += _layer_error(weight, format, inputs, rounded[group])
     mean = total / len(weights)
-    return mean if mean < torch.inf else torch.inf
+    return mean if mean < float("inf") else float("inf")
 
 
 def _layer_error(weight: Tensor, format: Format, inputs: Inputs, lost: Tensor) -> float:
@@ -104,9 +102,9 @@ def _layer_error(weight: Tensor, format: Format, inputs: Inputs, lost: Tensor) -
     if whole == 0:
         return 0.0
     values = nearest(weight, format, hessian.diagonal())
-    outputs = F.linear(lost, values).square().sum(dtype=torch.float64).item() / len(lost)
+    outputs = float(F.linear(lost, values).square().sum(dtype=torch.float64)) / len(lost)
     return (_form(values - weight, hessian) + outputs) / whole
 
 
 def _form(w: Tensor, h: Tensor) -> float:
-    return ((w @ h) * w).sum(dtype=torch.float64).item()
+    return float(((w @ h) * w).sum(dtype=torch.float64))
