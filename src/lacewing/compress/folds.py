@@ -10,8 +10,8 @@ Scales: what a stage's layers read is divided by s, and their weights are multip
     3      down        up (rows)                                     intermediate_size
 
 A value channel is read by all query heads of its group, so that their columns of o share one
-factor. Of gate and up only up can be divided: gate goes through the activation. q and k may exchange
-a factor per pair of channels that rope turns together.
+factor. Of gate and up only up can be divided: gate goes through the activation. q and k may
+exchange a factor per pair of channels that rope turns together.
 
 Orders: the channels of a stage's input are rearranged, and what makes them with them. The inner
 channels of the MLP go in any order, value channels stay within their head, and the residual stream
