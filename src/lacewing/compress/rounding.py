@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lacewing.compress.grid import Grid
+from lacewing.compress.problem import Problem
 from lacewing.formats import Format
 
-__all__ = ["Inputs", "error", "nearest", "round_activations", "sample", "scale_hessian"]
+__all__ = [
+    "Inputs",
+    "conditional_variance",
+    "error",
+    "nearest",
+    "round_activations",
+    "sample",
+    "scale_hessian",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +32,22 @@ class Inputs:
     """What calibration knows of the input x of a stage.
 
     hessian: mean over tokens of x x^T, f32 `[k, k]`. absmax: the largest |x| of every channel,
-    `[k]`. rows: a sample of tokens, f32 `[m, k]`; some hundreds are enough.
+    `[k]`. rows: a sample of tokens, f32 `[m, k]`; some hundreds are enough. conditional: what
+    `conditional_variance` makes of the Hessian, `[k]`, where the column solver will round; None:
+    weights are rounded to nearest.
     """
 
     hessian: Tensor
     absmax: Tensor
     rows: Tensor
+    conditional: Tensor | None = None
 
     def divided(self, scales: Tensor) -> Inputs:
         """Those of x / scales, `[k]`."""
         return Inputs(scale_hessian(self.hessian, scales), self.absmax / scales, self.rows / scales)
 
     def ordered(self, order: Tensor) -> Inputs:
-        """Those of x[order]."""
+        """Those of x[order], without `conditional`, which depends on the order."""
         return Inputs(
             self.hessian[order][:, order], self.absmax[order], self.rows[:, order].contiguous()
         )
@@ -45,6 +57,13 @@ def scale_hessian(hessian: Tensor, scales: Tensor) -> Tensor:
     """The Hessian of inputs x / scales, given that of x."""
     inverse = 1 / scales
     return hessian * inverse[:, None] * inverse[None, :]
+
+
+def conditional_variance(problem: Problem) -> Tensor:
+    """1 / U_jj^2, `[k]`, of the inverse factor U: the mean square of input j that the inputs after
+    it do not explain. The column solver leaves sum_j (w_j - w'_j)^2 / U_jj^2, with w as it has been
+    corrected (arXiv:2210.17323), which the same sum over W itself foretells."""
+    return 1 / problem.inverse_factor.diagonal().square()
 
 
 def nearest(weight: Tensor, format: Format, importance: Tensor) -> Tensor:
@@ -82,6 +101,7 @@ def error(weights: Sequence[Tensor], formats: Sequence[Format], inputs: Inputs) 
 
         (tr((W' - W) H (W' - W)^T) + mean over rows of |W' (x' - x)|^2) / tr(W H W^T)
 
+    With `conditional` D in the place of the first H, of a column solver's result without solving.
     The roundings of weights and of activations are taken to be independent. A layer that returns
     nothing but 0 counts as exact; an error that is not finite is infinite.
     """
@@ -103,7 +123,13 @@ def _layer_error(weight: Tensor, format: Format, inputs: Inputs, lost: Tensor) -
         return 0.0
     values = nearest(weight, format, hessian.diagonal())
     outputs = float(F.linear(lost, values).square().sum(dtype=torch.float64)) / len(lost)
-    return (_form(values - weight, hessian) + outputs) / whole
+    return (_weights_part(values - weight, inputs) + outputs) / whole
+
+
+def _weights_part(lost: Tensor, inputs: Inputs) -> float:
+    if inputs.conditional is None:
+        return _form(lost, inputs.hessian)
+    return float((lost.square() * inputs.conditional).sum(dtype=torch.float64))
 
 
 def _form(w: Tensor, h: Tensor) -> float:
