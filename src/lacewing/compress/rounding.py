@@ -44,7 +44,13 @@ class Inputs:
 
     def divided(self, scales: Tensor) -> Inputs:
         """Those of x / scales, `[k]`."""
-        return Inputs(scale_hessian(self.hessian, scales), self.absmax / scales, self.rows / scales)
+        known = self.conditional
+        return Inputs(
+            scale_hessian(self.hessian, scales),
+            self.absmax / scales,
+            self.rows / scales,
+            None if known is None else known / scales.square(),
+        )
 
     def ordered(self, order: Tensor) -> Inputs:
         """Those of x[order], without `conditional`, which depends on the order."""
