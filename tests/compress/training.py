@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lacewing.checkpoint.tensors import TABLES
+from lacewing.checkpoint.manifest import MANIFEST, TOKENIZER, VECTOR, WEIGHTS, manifest_json
+from lacewing.checkpoint.safetensors import SafetensorsWriter
+from lacewing.checkpoint.tensors import TABLES, TokenizerFiles
 from lacewing.compress.columns import Solution
 from lacewing.compress.decoder import STAGES, Block
 from lacewing.compress.master import solution_of
@@ -82,3 +86,44 @@ def solutions_of(found: dict[str, np.ndarray], format: str, index: int = 0) -> d
 def tokens(count: int = 24, length: int = 16, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(CONFIG["vocab_size"], (count, length), generator=generator)
+
+
+def write_model(path: Path, found: dict[str, np.ndarray], format: str) -> Path:
+    """A packed directory of `weights`, its layers in `format`, whose tokens are t0, t1, .."""
+    config = CONFIG
+    packed: dict[str, Any] = {
+        name: value if value.ndim == 1 else compressed(value, _format_of(name, format))
+        for name, value in found.items()
+    }
+    path.mkdir()
+    parts = [f"{name}.{part}" for name in packed for part in ("stream", "offsets")]
+    with SafetensorsWriter(path / WEIGHTS, parts, {}) as out:
+        for name, value in packed.items():
+            arrays = value.parts if isinstance(value, PackedTensor) else {"": value}
+            for part, array in arrays.items():
+                out.add(f"{name}.{part}".rstrip("."), array)
+    kinds = {
+        name: (value.format if isinstance(value, PackedTensor) else VECTOR, value.shape)
+        for name, value in packed.items()
+    }
+    document = json.loads(manifest_json(config, TOKENS, kinds)) | {"recipe": {"name": "kept"}}
+    (path / MANIFEST).write_text(json.dumps(document))
+    (path / TOKENIZER).write_text(TOKENS.tokenizer_json)
+    return path
+
+
+def _format_of(name: str, format: str) -> str:
+    return "bf16" if name in TABLES else format
+
+
+TOKENS = TokenizerFiles(
+    tokenizer_json=json.dumps(
+        {"model": {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(67)}}}
+    ),
+    chat_template=None,
+    bos_token=None,
+    eos_token=None,
+    bos_token_id=None,
+    eos_token_ids=[0],
+    add_bos=False,
+)

@@ -235,6 +235,24 @@ class Trainer:
         """Everything that is trained, in the order of the optimizer's states."""
         return [group["params"][0] for group in self.optimizer.param_groups]
 
+    def moments(self) -> list[Tensor]:
+        """Both of Adam's running means of every parameter, which with the parameters and `count`
+        are all that a later step depends on."""
+        states = [self._states(p) for p in self.parameters]
+        return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+
+    def count(self, steps: int) -> None:
+        """Says how many steps the means have seen."""
+        for p in self.parameters:
+            self._states(p)["step"].fill_(steps)
+
+    def _states(self, p: Tensor) -> dict[str, Tensor]:
+        states: dict[str, Tensor] = self.optimizer.state[p]
+        if not states:
+            states["step"] = torch.zeros(())
+            states["exp_avg"], states["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        return states
+
     def step(self, rate: float, clip: float = 1.0) -> float:
         """One step along the gradients gathered, which it clears; returns their norm. Where that is
         not finite nothing is changed."""
