@@ -12,7 +12,6 @@ tokens; then W* takes the place of W. The first part is the asymmetric calibrati
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lacewing.compress.problem import Problem
@@ -31,5 +30,5 @@ def corrected(
     moved = problem.weight @ lost
     if stream is not None:
         moved = moved + stream
-    step = torch.linalg.solve(problem.damped.double(), moved.double().t()).t().float()
-    return Problem(problem.name, problem.weight + share * step, problem.hessian, problem.tokens)
+    upper = problem.inverse_factor
+    return problem.aiming(problem.weight + share * (moved @ upper.t() @ upper))
