@@ -23,6 +23,12 @@ def solve(p, name, mask=None, act_order=False):
     return solve_columns(p, Grid(get_format(name)), mask, act_order)
 
 
+def test_the_naive_inverses():
+    h = naive.damped(naive.problem(1, 20))
+    for i, row in enumerate(naive.inverses(h)):
+        np.testing.assert_allclose(row, np.linalg.inv(h[i:, i:])[0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act order"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_gptq(name, act_order):
