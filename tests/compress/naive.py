@@ -132,7 +132,7 @@ def gptq(p, name, act_order=False, kept=None):
 def sparsegpt(p, name, sparsity, block=128):
     """Levels and mask: in every block of columns the weights of the lowest cost go
     (SparseGPT, arXiv:2301.00774, algorithm 1)."""
-    n, k = p.weight.shape
+    k = p.weight.shape[1]
     sweep = Sweep(p, name, list(range(k)))
     if sweep.grid.group_size(k) == k:  # one scale per row: of the weights that would stay now
         sweep.kept = lowest_dropped(sweep.costs(range(k)), name, sparsity, 0)

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from compress import naive  # noqa: E402
+
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.masks import Choice, choose_mask, magnitude, obs, wanda  # noqa: E402
@@ -158,7 +159,7 @@ def test_a_broken_hessian_is_refused(where, bad):
     with pytest.raises(RecipeError, match="`layer`"):
         solve(p, "w4a8g32")
     if where == (4, 4):
-        with pytest.raises(RecipeError, match="`layer`: .* input 4"):
+        with pytest.raises(RecipeError, match=r"`layer`: .* input 4"):
             check_hessian("layer", p.hessian)
 
 

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from compress import naive  # noqa: E402
+
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.nearest import round_nearest  # noqa: E402
 from lacewing.compress.solvers import SOLVERS, solve  # noqa: E402

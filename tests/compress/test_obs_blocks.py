@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from compress import naive  # noqa: E402
+
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.masks import Choice  # noqa: E402
@@ -31,10 +33,11 @@ def greedy(w, h, width, sparsity):
     blocks = [list(range(at, min(at + width, len(h)))) for at in range(0, len(h), width)]
     for _ in range(math.floor(len(blocks) * sparsity + 0.5)):
         losses = [
-            best_weights(w, h, sum(blocks[:i] + blocks[i + 1 :], []))[1] for i in range(len(blocks))
+            best_weights(w, h, list(chain(*blocks[:i], *blocks[i + 1 :])))[1]
+            for i in range(len(blocks))
         ]
         blocks.pop(int(np.argmin(losses)))
-    kept = sum(blocks, [])
+    kept = list(chain(*blocks))
     return kept, best_weights(w, h, kept)[0]
 
 

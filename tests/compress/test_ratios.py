@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from compress import naive  # noqa: E402
+
 from lacewing.compress.ratios import (  # noqa: E402
     curve_ratios,
     error_curve,
@@ -40,7 +41,7 @@ def test_outlier_share(threshold):
 
 
 def naive_owl(shares, sparsity, spread):
-    """The paper's code, for layers of one size: densities from shares, then their mean put right."""
+    """The paper's code, for layers of one size: densities from shares, then put to the mean."""
     d = np.array(list(shares.values()))
     density = (d - d.min()) / (d.max() - d.min()) * spread * 2
     density = density - density.mean() + (1 - sparsity)
