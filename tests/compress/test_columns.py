@@ -7,14 +7,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compress import naive  # noqa: E402
-
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.masks import Choice, choose_mask, magnitude, obs, wanda  # noqa: E402
 from lacewing.compress.problem import Problem, check_hessian  # noqa: E402
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import FORMATS, get_format  # noqa: E402
+from tests.compress import naive  # noqa: E402
 
 SPARSE = ["w8a8g64_sp", "w4a8g64_sp", "bf16_sp", "w8a8g64_24", "w4a8g64_24", "w8a8_b16x1"]
 PRUNABLE = [name for name in FORMATS if FORMATS[name].holds_zero]

@@ -9,10 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from reference import Reference  # noqa: E402
-from tiny import CONFIGS, VOCAB, tiny_spec, tiny_tokens, tiny_weights  # noqa: E402
-
 from lacewing.compress.decoder import STAGES, Decoder  # noqa: E402
+from tests.reference import Reference  # noqa: E402
+from tests.tiny import CONFIGS, VOCAB, tiny_spec, tiny_tokens, tiny_weights  # noqa: E402
 
 
 @dataclass

@@ -9,13 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compress import naive  # noqa: E402
-
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.nearest import round_nearest  # noqa: E402
 from lacewing.compress.solvers import SOLVERS, solve  # noqa: E402
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import FORMATS, get_format  # noqa: E402
+from tests.compress import naive  # noqa: E402
 
 PRUNABLE = [name for name in FORMATS if FORMATS[name].holds_zero]
 

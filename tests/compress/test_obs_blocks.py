@@ -10,14 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compress import naive  # noqa: E402
-
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.masks import Choice  # noqa: E402
 from lacewing.compress.obs_blocks import prune_blocks, solve_blocks  # noqa: E402
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import get_format  # noqa: E402
+from tests.compress import naive  # noqa: E402
 
 
 def best_weights(w, h, kept):

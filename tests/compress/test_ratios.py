@@ -9,8 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compress import naive  # noqa: E402
-
 from lacewing.compress.ratios import (  # noqa: E402
     curve_ratios,
     error_curve,
@@ -19,6 +17,7 @@ from lacewing.compress.ratios import (  # noqa: E402
 )
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import get_format  # noqa: E402
+from tests.compress import naive  # noqa: E402
 
 COUNTS = {"a": 1000, "b": 4000, "c": 2500, "d": 1000}
 
