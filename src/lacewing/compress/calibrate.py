@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,22 +27,20 @@ from torch import Tensor
 from lacewing.compress.columns import Solution
 from lacewing.compress.decoder import STAGES, Block, Decoder
 from lacewing.compress.folding import fold_block
+from lacewing.compress.moments import Moments
 from lacewing.compress.path import Path, tokens_at_once
 from lacewing.compress.problem import Problem, check_hessian
 from lacewing.compress.recipe import Recipe, Rule
 from lacewing.compress.reconstruct import reconstruct
 from lacewing.compress.session import LayerReport, Packed, Session
 from lacewing.compress.solve import solve
+from lacewing.compress.spread import spread_sparsity
 from lacewing.compress.target import corrected
 
-__all__ = ["Moments", "compress_blocks"]
+__all__ = ["compress_blocks"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a layer, and how many are done of how many."""
-
-_WRITE_STREAM = {1: "o", 3: "down"}
-"""Stages whose one layer writes to the residual stream."""
-
 
 @torch.no_grad()
 def compress_blocks(
@@ -94,49 +91,7 @@ def _shares(
     wanted = {name: rule.target for name, rule in plan.items() if rule.prunes}
     if recipe.ratios == "uniform" or not wanted:
         return wanted
-    from lacewing.compress.spread import spread_sparsity
-
     return session.remember("shares", lambda: spread_sparsity(decoder, windows, plan, recipe.ratios))
-
-
-@dataclass(eq=False)
-class Moments:
-    """Sums over tokens of one stage's inputs x', and of what they have lost: see `target.py`."""
-
-    hessian: Tensor
-    lost: Tensor | None
-    stream: Tensor | None
-    tokens: int
-
-    @staticmethod
-    def measure(stage: int, path: Path, dense: Path | None) -> Moments:
-        """Means of x' x'^T, (x - x') x'^T and, where the stage writes to the stream,
-        (r - r') x'^T."""
-        k = path.block.linear(STAGES[stage][0]).in_features
-        hidden = path.x.shape[2]
-        found = Moments(torch.zeros(k, k), None, None, 0)
-        if dense is not None:
-            found.lost = torch.zeros(k, k)
-            found.stream = torch.zeros(hidden, k) if stage in _WRITE_STREAM else None
-        for part in tokens_at_once(*path.x.shape[:2]):
-            found._add(stage, part, path, dense)
-        found.hessian /= found.tokens
-        for each in (found.lost, found.stream):
-            if each is not None:
-                each /= found.tokens
-        return found
-
-    def _add(self, stage: int, part: slice, path: Path, dense: Path | None) -> None:
-        x, stream = path.inputs(stage, part)
-        x = x.flatten(0, 1)
-        self.hessian.addmm_(x.t(), x)
-        self.tokens += len(x)
-        if dense is None or self.lost is None:
-            return
-        goal, goal_stream = dense.inputs(stage, part)
-        self.lost.addmm_((goal.flatten(0, 1) - x).t(), x)
-        if self.stream is not None:
-            self.stream.addmm_((goal_stream - stream).flatten(0, 1).t(), x)
 
 
 class _Work:
