@@ -1,4 +1,4 @@
-"""The work directory of one compression: what a killed process leaves for the next one to go on from.
+"""The work directory of one compression, from which a killed one goes on.
 
     state.json               {"session": 1, "digest": "..", "blocks": 30, "shape": [..],
                               "finished": 7}: replaced last, so that all it counts is on disk
@@ -8,8 +8,9 @@
                              activations `[windows, tokens, hidden_size]` of the two paths: what the
                              next block reads, and what it is writing
 
-Of each path the file whose number is `finished % 2` is read and the other one written: a process may
-die at any instant, and what the next one reads is whole. The directory is locked while it is used.
+Of each path the file whose number is `finished % 2` is read and the other one written: a process
+may die at any instant, and what the next one reads is whole. The directory is locked while it is
+used.
 """
 
 from __future__ import annotations
