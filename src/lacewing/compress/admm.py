@@ -12,15 +12,16 @@ gradients then find the best values for the choice; both take matrix products al
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
+from lacewing.compress.columns import Solution, solve_columns
+from lacewing.compress.grid import Grid
 from lacewing.compress.masks import choose_mask
 from lacewing.compress.problem import Problem
 from lacewing.formats import Format
 
-__all__ = ["fit_kept", "prune_admm"]
+__all__ = ["fit_kept", "prune_admm", "solve_admm"]
 
 _STEPS = 60
 _FIRST = 0.1
@@ -32,10 +33,17 @@ _FACTORS = ((0.005, 1.3), (0.0005, 1.2), (0.0, 1.1))
 _REFITS = 20
 
 
-def prune_admm(problem: Problem, format: Format, sparsity: float) -> tuple[Tensor, Problem]:
-    """The mask, bool `[n, k]`, True for what stays, and the problem whose weight is the best for
-    it: zero elsewhere. The pattern is the format's; without one weights are chosen over the layer.
-    """
+def solve_admm(problem: Problem, grid: Grid, sparsity: float, act_order: bool = False) -> Solution:
+    """What stays is chosen by ADMM, and rounded by the column solver."""
+    if not sparsity and grid.format.fixed_sparsity is None:
+        return solve_columns(problem, grid, None, act_order)
+    mask = prune_admm(problem, grid.format, sparsity)
+    return solve_columns(problem.aiming(fit_kept(problem, mask)), grid, mask, act_order)
+
+
+def prune_admm(problem: Problem, format: Format, sparsity: float) -> Tensor:
+    """The mask, bool `[n, k]`, True for what stays. The pattern is the format's; without one
+    weights are chosen over the whole layer."""
     size = problem.diagonal.sqrt()
     h = problem.damped / size[:, None] / size[None, :]
     values, vectors = torch.linalg.eigh(h)
@@ -56,7 +64,7 @@ def prune_admm(problem: Problem, format: Format, sparsity: float) -> tuple[Tenso
                 break
             before = mask
             rho *= next(factor for share, factor in _FACTORS if changed > share)
-    return mask, problem.aiming(fit_kept(problem, mask))
+    return mask
 
 
 def fit_kept(problem: Problem, mask: Tensor, steps: int = _REFITS) -> Tensor:

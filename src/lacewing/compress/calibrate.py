@@ -1,8 +1,8 @@
 """Block after block: what its layers read in the compressed model, and codes that change its
 outputs least.
 
-Two paths go through the model side by side: that of the dense model, and that of the compressed one,
-with all blocks so far as they will be. A block is compressed in four stages (`decoder.STAGES`); the
+Two paths go through the model side by side: that of the dense model, and that of the compressed
+one, with all blocks so far as they will be. A block is compressed in four stages (`decoder.STAGES`); the
 layers of a stage are solved before the next one is fed. Activations `[windows, tokens, hidden]` lie
 in files (`session.py`); in memory are one block of each path and the Hessian of one stage.
 
@@ -27,22 +27,25 @@ from torch import Tensor
 from lacewing.compress.columns import Solution
 from lacewing.compress.decoder import STAGES, Block, Decoder
 from lacewing.compress.folding import fold_block
+from lacewing.compress.grid import Grid
 from lacewing.compress.moments import Moments
 from lacewing.compress.path import Path, tokens_at_once
 from lacewing.compress.problem import Problem, check_hessian
 from lacewing.compress.recipe import Recipe, Rule
 from lacewing.compress.reconstruct import reconstruct
+from lacewing.compress.refine import refine
 from lacewing.compress.session import LayerReport, Packed, Session
-from lacewing.compress.solve import solve
+from lacewing.compress.solvers import solve
 from lacewing.compress.spread import spread_sparsity
 from lacewing.compress.target import corrected
+from lacewing.formats import get_format
 
 __all__ = ["compress_blocks"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a layer, and how many are done of how many."""
 
-@torch.no_grad()
+
 def compress_blocks(
     decoder: Decoder,
     windows: Tensor,
@@ -58,6 +61,18 @@ def compress_blocks(
     Raises RecipeError, naming the layer, for activations that are not finite and for Hessians that
     cannot be inverted; CheckpointError where the disk is full.
     """
+    with torch.no_grad():
+        _compress_blocks(decoder, windows, plan, recipe, session, progress)
+
+
+def _compress_blocks(
+    decoder: Decoder,
+    windows: Tensor,
+    plan: Mapping[str, Rule],
+    recipe: Recipe,
+    session: Session,
+    progress: Progress | None,
+) -> None:
     names = ["compressed"]
     if recipe.correct or recipe.reconstruct is not None:
         names.append("dense")
@@ -91,7 +106,9 @@ def _shares(
     wanted = {name: rule.target for name, rule in plan.items() if rule.prunes}
     if recipe.ratios == "uniform" or not wanted:
         return wanted
-    return session.remember("shares", lambda: spread_sparsity(decoder, windows, plan, recipe.ratios))
+    return session.remember(
+        "shares", lambda: spread_sparsity(decoder, windows, plan, recipe.ratios)
+    )
 
 
 class _Work:
@@ -157,7 +174,11 @@ class _Work:
         if found.lost is not None and rule.solver != "nearest":
             problem = corrected(problem, found.lost, found.stream)
         sparsity = self.shares.get(f"{self.prefix}{name}.weight", rule.target)
-        solution = solve(problem, rule, sparsity)
+        grid = Grid(get_format(rule.format))
+        solution = solve(rule.solver, problem, grid, sparsity, rule.act_order)
+        if rule.refine:
+            mask = solution.values() != 0 if rule.prunes else None
+            solution = refine(problem, solution, mask, rule.refine)
         values = solution.values()
         self.problems[name] = problem.error(values)
         self.path.block.linear(name).weight.data = values

@@ -39,15 +39,15 @@ from lacewing.models import DecoderSpec
 
 __all__ = ["PRESETS", "RATIOS", "SMOOTH", "SOLVERS", "Calibration", "Recipe", "Reconstruct", "Rule"]
 
-SOLVERS = ("nearest", "magnitude", "wanda", "columns", "blocks")
+SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
 """`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
 prunes and rounds jointly (SparseGPT, GPTQ); `blocks` prunes whole blocks by second order, then goes
 by columns."""
-RATIOS = ("uniform", "owl")
+RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
 
-_JOINT = ("columns", "blocks")
+_JOINT = ("columns", "admm", "blocks")
 _Made = TypeVar("_Made")
 
 

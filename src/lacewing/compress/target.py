@@ -1,7 +1,7 @@
 """What a layer should aim at, when what it reads is no longer what the dense model reads.
 
-Layers before it are compressed already: it is given x' in place of x. The outputs it should have are
-W x, and for a layer that writes to the residual stream also what the stream has lost, r - r'. So
+Layers before it are compressed already: it is given x' in place of x. The outputs it should have
+are W x, and for a layer that writes to the residual stream also what that has lost, r - r'. So
 
     minimise  |W* x' - W x - (r - r')|^2   =>   W* = W + (W C + R) H^-1
 
