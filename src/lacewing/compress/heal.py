@@ -14,9 +14,10 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,21 +28,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lacewing.checkpoint import Source
+from lacewing.checkpoint import Source, open_source
 from lacewing.checkpoint.files import new_directory, parse_json
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import MANIFEST, PackedSource
 from lacewing.compress import savepoint
 from lacewing.compress.columns import Solution
+from lacewing.compress.data import Windows, read_windows
 from lacewing.compress.divergence import divergence
 from lacewing.compress.master import LowRank, Master, Trainer
+from lacewing.compress.recipe import Calibration
 from lacewing.compress.rewrite import Packed, rewrite
 from lacewing.compress.student import Student
 from lacewing.compress.teacher import Teacher
 from lacewing.errors import RecipeError
 from lacewing.formats import PackedTensor
 
-__all__ = ["Healed", "Healing", "Progress", "heal_windows"]
+__all__ = ["Healed", "Healing", "Progress", "heal", "heal_windows"]
 
 Progress = Callable[[float, str], None]
 """Called after every step: the share of the work that is done, and a line that says how it goes."""
@@ -116,8 +119,44 @@ class Healed:
         return self.after < self.before
 
 
+def heal(
+    compressed: str | os.PathLike[str],
+    dense: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
+    healing: Healing,
+    *,
+    window: int = 512,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """`heal_windows` on all the text of the files `data` (`data.py` says which kinds), cut into
+    windows of `window` tokens. dense: any model file."""
+    student = open_source(compressed)
+    found = _windows(student, data, window, healing.seed)
+    return heal_windows(
+        student, open_source(dense), Path(out), found, healing, force=force, progress=progress
+    )
+
+
+def _windows(
+    source: Source, data: Sequence[str | os.PathLike[str]], window: int, seed: int
+) -> Tensor:
+    """Every whole window of every file."""
+
+    def read(file: str | os.PathLike[str], count: int) -> Windows:
+        wanted = Calibration(count * window, window, seed)
+        return read_windows([file], source.tokenizer, source.spec.vocab_size, wanted)
+
+    counts = {file: read(file, 1).files[0].tokens // window for file in data}
+    found = [torch.from_numpy(read(file, max(1, n)).ids) for file, n in counts.items()]
+    if not found:
+        raise RecipeError("healing needs data, got no file", hint="name a text file: --data")
+    return torch.cat(found)
+
+
 def heal_windows(
-    compressed: PackedSource,
+    compressed: Source,
     dense: Source,
     out: Path,
     windows: Tensor,
@@ -137,6 +176,7 @@ def heal_windows(
     of it, divergence), CheckpointError (out exists or cannot be written, a damaged file).
     """
     _check_pair(compressed, dense)
+    assert isinstance(compressed, PackedSource)
     _check_windows(windows, compressed, healing)
     work = out.with_name(f"{out.name}.work")
     identity = _identity(compressed, dense, windows, healing)
