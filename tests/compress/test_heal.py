@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,12 +163,18 @@ def test_a_killed_run_goes_on(how: str, tmp_path: Path, dense: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "dense", "out", "whole"]
 
 
-def test_minutes_are_a_limit(tmp_path: Path, dense: Path) -> None:
+def test_minutes_are_a_limit(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    """By a clock of which every look takes a second."""
+    clock = SimpleNamespace(monotonic=itertools.count(0.0, 1.0).__next__)
+    monkeypatch.setattr("lacewing.compress.heal.time", clock)
     before = write_model(tmp_path / "before", weights(), "w4a8g32")
     ticks: list[tuple[float, str]] = []
-    how = replace(SHORT, steps=None, minutes=0.02)
+    how = replace(SHORT, steps=None, minutes=1.0)
     found = heal(before, dense, tmp_path / "after", how, progress=lambda *t: ticks.append(t))
-    assert found.steps_done > 0
+    assert 0 < found.steps_done < 30
+    assert 55 < found.seconds <= 65
+    assert len(found.history) == 5
+    assert found.history[-1][0] == found.steps_done
     shares = [share for share, _ in ticks]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0

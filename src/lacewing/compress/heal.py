@@ -175,6 +175,7 @@ def heal_windows(
     Raises RecipeError (models that do not belong together, data of another tokenizer or too little
     of it, divergence), CheckpointError (out exists or cannot be written, a damaged file).
     """
+    out = Path(os.path.realpath(out))
     _check_pair(compressed, dense)
     assert isinstance(compressed, PackedSource)
     _check_windows(windows, compressed, healing)
@@ -218,7 +219,7 @@ class _Run:
         self.trainer = Trainer(self.student.masters, self.student.norms().values())
         self.per_step = max(1, healing.tokens // windows.shape[1])
         self.order = (0, torch.arange(self.trained))
-        self.step, self.spent = 0, 0.0
+        self.step, self.spent, self.looking = 0, 0.0, 0.0
         self.history: list[tuple[int, float, float]] = []
         self._resume()
         self.student.write()
@@ -236,7 +237,7 @@ class _Run:
         try:
             if not self.history:
                 self._look()
-            while self._share() < 1:
+            while self._share() < 1 and len(self.history) <= _LOOKS:
                 self._advance()
                 if self._share() * _LOOKS >= len(self.history):
                     self._look()
@@ -247,12 +248,11 @@ class _Run:
             raise
 
     def _share(self) -> float:
-        """How much of the work is done. The last look at held-out windows belongs to the time."""
+        """How much of the work is done; time is kept for a last look at the held-out windows."""
         if self.healing.steps is not None:
             return self.step / self.healing.steps
         assert self.healing.minutes is not None
-        looking = self.look_seconds if len(self.history) <= _LOOKS else 0.0
-        return self._seconds() / max(1e-9, 60 * self.healing.minutes - looking)
+        return self._seconds() / max(1e-9, 60 * self.healing.minutes - self.looking)
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.began
@@ -298,16 +298,18 @@ class _Run:
 
     def _look(self) -> None:
         """KL on the held-out windows, and what is trained put aside if it is the best so far."""
+        held = torch.arange(self.held_out)
+        self.teacher.hidden(held[-1:])  # which takes its time once
         begin = time.monotonic()
         with torch.no_grad():
-            each = [self._loss(i, 0.0).item() for i in torch.arange(self.held_out).split(1)]
+            each = [self._loss(i, 0.0).item() for i in held.split(1)]
         found = sum(each) / len(each)
         if not math.isfinite(found):
             raise self._diverged()
         if self.history and found < min(loss for _, _, loss in self.history):
             savepoint.save(self.work / _BEST, self._trained_tensors(), {"step": self.step})
         self.history.append((self.step, round(self._seconds(), 1), found))
-        self.look_seconds = time.monotonic() - begin
+        self.looking = self.looking or time.monotonic() - begin
         self._tell("")
 
     def _tell(self, text: str) -> None:
@@ -364,7 +366,12 @@ class _Run:
 
     def _save(self) -> None:
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
-        facts = {"step": self.step, "seconds": self._seconds(), "history": self.history}
+        facts = {
+            "step": self.step,
+            "seconds": self._seconds(),
+            "looking": self.looking,
+            "history": self.history,
+        }
         savepoint.save(self.work / _STATE, tensors, facts)
         self.saved = time.monotonic()
 
@@ -374,7 +381,7 @@ class _Run:
             return
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
         facts = savepoint.load(path, tensors)
-        self.step, self.spent = facts["step"], facts["seconds"]
+        self.step, self.spent, self.looking = facts["step"], facts["seconds"], facts["looking"]
         self.history = [(step, seconds, loss) for step, seconds, loss in facts["history"]]
         self.trainer.count(self.step)
 
