@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lacewing.version import __version__
 
 if TYPE_CHECKING:
-    from lacewing import checkpoint, engine, errors, formats, models, nn
+    from lacewing import checkpoint, engine, errors, formats, models, nn, quality
     from lacewing.engine import LLM, Piece, Result, SamplingParams
     from lacewing.errors import (
         CheckpointError,
@@ -56,6 +56,7 @@ __all__ = [
     "models",
     "nn",
     "pack",
+    "quality",
     "replace_linear",
 ]
 
@@ -76,7 +77,7 @@ _HOMES = {
     "nn.huggingface": ("LacewingConfig",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn"}
+_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn", "quality"}
 
 
 def __getattr__(name: str) -> Any:
