@@ -19,7 +19,7 @@ from lacewing.compress.problem import Problem
 
 __all__ = ["corrected"]
 
-_RIDGE = 0.05
+_RIDGE = 0.3
 """Damping of the correction, a share of the Hessian's mean diagonal: directions in which there was
 little to see keep their weights."""
 
