@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lacewing.compress.admm import solve_admm
 from lacewing.compress.columns import Solution, solve_columns
 from lacewing.compress.grid import Grid
 from lacewing.compress.masks import Choice, check_sparsity
@@ -42,5 +43,6 @@ SOLVERS: Mapping[str, Solver] = {
     "magnitude": lambda problem, grid, sparsity, _: solve_magnitude(problem, grid, sparsity),
     "wanda": lambda problem, grid, sparsity, _: solve_wanda(problem, grid, sparsity),
     "columns": _columns,
+    "admm": solve_admm,
     "blocks": solve_blocks,
 }
