@@ -16,7 +16,6 @@ where `solve_columns` with a `Choice` decides the same in one sweep, less well.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def solve_blocks(
             hint="use the solver `columns`, or the format `w8a8_b16x1`",
         )
     mask, weight = prune_blocks(problem, STRIP, 1, sparsity)
-    return solve_columns(replace(problem, weight=weight), grid, mask, act_order)
+    return solve_columns(problem.aiming(weight), grid, mask, act_order)
 
 
 def prune_blocks(
