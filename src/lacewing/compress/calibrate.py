@@ -74,7 +74,7 @@ def _compress_blocks(
     progress: Progress | None,
 ) -> None:
     names = ["compressed"]
-    if recipe.correct or recipe.reconstruct is not None:
+    if recipe.correct > 0 or recipe.reconstruct is not None:
         names.append("dense")
     if session.finished == 0:
         _embed(decoder, windows, [session.activations(name)[0] for name in names])
@@ -150,7 +150,7 @@ class _Work:
     def stages(self) -> Iterator[str]:
         """Solves layer after layer; yields the name of each when it is done."""
         for stage, names in enumerate(STAGES):
-            dense = self.dense if self.recipe.correct else None
+            dense = self.dense if self.recipe.correct > 0 else None
             found = Moments.measure(stage, self.path, dense)
             first = f"{self.prefix}{names[0]}"
             check_hessian(first, found.hessian)
@@ -172,7 +172,7 @@ class _Work:
             _ = base.inverse_factor  # made once for all layers of the stage
         problem = base.aiming(self.weights[name], f"{self.prefix}{name}")
         if found.lost is not None and rule.solver != "nearest":
-            problem = corrected(problem, found.lost, found.stream)
+            problem = corrected(problem, found.lost, found.stream, self.recipe.correct)
         sparsity = self.shares.get(f"{self.prefix}{name}.weight", rule.target)
         grid = Grid(get_format(rule.format))
         solution = solve(rule.solver, problem, grid, sparsity, rule.act_order)

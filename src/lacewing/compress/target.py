@@ -12,23 +12,30 @@ tokens; then W* takes the place of W. The first part is the asymmetric calibrati
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lacewing.compress.problem import Problem
 
 __all__ = ["corrected"]
 
+_RIDGE = 0.05
+"""Damping of the correction, a share of the Hessian's mean diagonal: directions in which there was
+little to see keep their weights."""
+
 
 def corrected(
     problem: Problem, lost: Tensor, stream: Tensor | None = None, share: float = 1.0
 ) -> Problem:
-    """The problem with W* in place of W.
+    """The problem with W + share * (W* - W) in place of W.
 
-    lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share: how
-    much of the correction is made; all of it fits the calibration text best, and others less.
+    lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share:
+    all of the correction fits the calibration text best, and others less.
     """
     moved = problem.weight @ lost
     if stream is not None:
         moved = moved + stream
-    upper = problem.inverse_factor
-    return problem.aiming(problem.weight + share * (moved @ upper.t() @ upper))
+    h = problem.damped.double()
+    h.diagonal().add_(_RIDGE * h.diagonal().mean())
+    step = torch.cholesky_solve(moved.double().t(), torch.linalg.cholesky(h)).t().float()
+    return problem.aiming(problem.weight + share * step)
