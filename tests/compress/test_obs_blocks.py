@@ -75,17 +75,27 @@ def test_better_than_choosing_column_by_column():
 
 
 @pytest.mark.parametrize("inputs", [1, 4, 5])
-def test_dead_inputs_and_few_tokens(inputs):
-    x = naive.inputs(10, 48)
-    x[:, 7] = 0
-    p = naive.problem(20, 48, x=x)
+def test_few_tokens(inputs):
+    p = naive.problem(20, 48, x=naive.inputs(10, 48))
     p.weight[3] = 0
     mask, weight = prune_blocks(p, 16, inputs, 0.5)
     assert weight.isfinite().all()
     assert (weight[~mask] == 0).all()
     assert (weight[3] == 0).all()
-    if inputs == 1:
-        assert not mask[:, 7].any()
+
+
+def test_dead_inputs_go_first():
+    x = naive.inputs(200, 48)
+    x[:, [7, 9]] = 0
+    p = naive.problem(20, 48, x=x)
+    mask, _ = prune_blocks(p, 16, 1, 0.2)
+    assert not mask[:, [7, 9]].any()
+
+
+def test_a_pattern_of_four_has_no_blocks():
+    p = naive.problem(20, 48)
+    with pytest.raises(RecipeError, match="w4a8g64_24 holds two of every four inputs"):
+        solve_blocks(p, Grid(get_format("w4a8g64_24")), 0.5)
 
 
 def test_nothing_goes_at_no_sparsity():

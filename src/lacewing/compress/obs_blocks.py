@@ -16,15 +16,15 @@ where `solve_columns` with a `Choice` decides the same in one sweep, less well.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lacewing.compress.columns import Solution, solve_columns
 from lacewing.compress.grid import Grid
-from lacewing.compress.masks import check_sparsity
+from lacewing.compress.masks import check_sparsity, of_four
 from lacewing.compress.problem import Problem
+from lacewing.errors import RecipeError
 from lacewing.formats.tiles import STRIP
 
 __all__ = ["prune_blocks", "solve_blocks"]
@@ -36,10 +36,18 @@ _STEPS = 32
 def solve_blocks(
     problem: Problem, grid: Grid, sparsity: float, act_order: bool = False
 ) -> Solution:
-    """Blocks of 16 outputs x 1 input go, and what is left is rounded by the column solver."""
+    """Blocks of 16 outputs x 1 input go, and what is left is rounded by the column solver.
+
+    Raises RecipeError for a sparsity that is out of range, and a format that cannot hold it.
+    """
     check_sparsity(grid.format, sparsity)
+    if of_four(grid.format):
+        raise RecipeError(
+            f"{grid.format.name} holds two of every four inputs, not blocks of {STRIP} outputs",
+            hint="use the solver `columns`, or the format `w8a8_b16x1`",
+        )
     mask, weight = prune_blocks(problem, STRIP, 1, sparsity)
-    return solve_columns(replace(problem, weight=weight), grid, mask, act_order)
+    return solve_columns(problem.aiming(weight), grid, mask, act_order)
 
 
 def prune_blocks(

@@ -37,12 +37,11 @@ class Problem:
 
     @cached_property
     def damped(self) -> Tensor:
-        """H + lambda I, with inputs that were always zero given a diagonal of 1."""
+        """H + lambda I. Inputs that were always zero have lambda on the diagonal, so that they
+        weigh little; 1 if all were."""
         h = self.hessian.clone()
         diagonal = h.diagonal()
-        mean = diagonal.mean().item()
-        diagonal += DAMPING * mean
-        diagonal[self.hessian.diagonal() == 0] = mean or 1.0
+        diagonal += DAMPING * diagonal.mean() if diagonal.any() else 1.0
         return h
 
     @cached_property
