@@ -16,7 +16,7 @@ from lacewing.cli import info, screen
 from lacewing.errors import CheckpointError
 from tests.cli.conftest import Call, spawn
 
-VERBS = [["run"], ["compress"], ["info"], ["eval"], ["doctor"], ["bench"]]
+VERBS = [["run"], ["compress"], ["info"], ["eval"], ["diff"], ["doctor"], ["bench"]]
 VERBS += [["bench", verb] for verb in ("decode", "prefill", "kernels")]
 
 
@@ -41,6 +41,7 @@ def test_version(call: Call) -> None:
         (["run", "--max-tokens", "many"], "--max-tokens"),
         (["compress", "only-one"], "missing argument"),
         (["eval"], "missing option"),
+        (["diff", "only-one"], "missing argument"),
         (["bench", "kernels", "--shape", "big"], "needs NxK"),
         (["bench", "kernels", "--shape", "0x5"], "needs NxK"),
         (["doctor", "--model-bytes", "-3"], "positive size"),

@@ -227,3 +227,78 @@ def test_an_interrupted_score_leaks_nothing() -> None:
         engine.score([1] * 100)
     assert engine.scheduler.blocks.free == 16
     assert len(engine.score([1] * 100)) == 99
+
+
+# -- logits -----------------------------------------------------------------------------------
+
+
+def slow_logits(tokens: list[int], start: int = 0) -> list[list[float]]:
+    return [logits_after(tokens[: i + 1]).tolist() for i in range(start, len(tokens))]
+
+
+def read(engine: Engine, tokens: list[int], start: int = 0) -> list[list[float]]:
+    return np.concatenate(list(engine.logits(tokens, start))).tolist()
+
+
+@pytest.mark.parametrize(("count", "start"), [(1, 0), (16, 3), (100, 0), (200, 130), (256, 255)])
+def test_logits_of_every_token(count: int, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lacewing.engine.engine._SCORE_BYTES", 48 * 4 * 256)
+    model = FakeModel(16)
+    tokens = np.random.default_rng(count).integers(0, 256, count).tolist()
+    engine = fake_engine(16, model=model, token_budget=40)
+    assert read(engine, tokens, start) == slow_logits(tokens, start)
+    assert max(map(max, model.steps)) <= 48, "the logits held at once are bounded"
+
+
+def test_tokens_that_two_calls_begin_with_are_read_once() -> None:
+    model = FakeModel(16)
+    engine = fake_engine(16, model=model)
+    for branch, computed in (([1, 2, 3], [50, 3]), ([4], [1]), ([4, 5], [2]), ([1, 2, 3], [3])):
+        model.steps.clear()
+        assert read(engine, [9] * 50 + branch, 50) == slow_logits([9] * 50 + branch, 50)
+        assert [count for (count,) in model.steps] == computed
+    assert read(engine, [9] * 40 + [1] * 20, 50) == slow_logits([9] * 40 + [1] * 20, 50)
+
+
+def test_a_step_takes_the_blocks_of_logits_back() -> None:
+    engine = fake_engine(16)
+    chunks = engine.logits([4] * 250)
+    next(chunks)
+    assert engine.scheduler.blocks.free == 0
+    assert run(engine, [ask(engine, [1] * 200, SamplingParams(max_tokens=9))]) == [
+        continuation([1] * 200, 9)
+    ]
+    assert engine.scheduler.blocks.free == 16
+
+
+def test_logits_go_on_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lacewing.engine.engine._SCORE_BYTES", 48 * 4 * 256)
+    engine = fake_engine(16)
+    tokens = np.random.default_rng(0).integers(0, 256, 200).tolist()
+    sequence = ask(engine, [1] * 100, SamplingParams(max_tokens=40))
+    rows: list[list[float]] = []
+    for chunk, other in zip(engine.logits(tokens), engine.logits(tokens[::-1]), strict=True):
+        rows += chunk.tolist()
+        assert other.shape == chunk.shape
+        engine.step()
+    assert rows == slow_logits(tokens)
+    assert run(engine, [sequence]) == [continuation([1] * 100, 40)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start"), [([], 0), ([1] * 257, 0), ([1, 256], 0), ([1, 2], 2), ([1, 2], -1)]
+)
+def test_logits_refuse(tokens: list[int], start: int) -> None:
+    with pytest.raises(RequestError):
+        fake_engine().logits(tokens, start)
+
+
+def test_interrupted_logits_leak_nothing() -> None:
+    model = FakeModel(16)
+    engine = fake_engine(16, model=model)
+    read(engine, [1] * 30, 20)
+    model.fail_at, model.error = 0, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        read(engine, [1] * 100, 20)
+    assert engine.scheduler.blocks.free == 16
+    assert read(engine, [1] * 100, 90) == slow_logits([1] * 100, 90)

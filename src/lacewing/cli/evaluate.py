@@ -79,7 +79,7 @@ def evaluate(
     text = None if perplexity is None else Text.read(perplexity, window, max_tokens)
     files = [read_items(path, limit) for path in items or ()]
     if text is None and not files:
-        raise RequestError("nothing to evaluate", hint="give --perplexity FILE or --items FILE")
+        raise typer.BadParameter("missing option: --perplexity FILE or --items FILE")
     if reference is not None and text is None:
         raise RequestError("--reference needs a text to compare on", hint="add --perplexity FILE")
     way = Way(torch, threads, kv, _context(text, files))

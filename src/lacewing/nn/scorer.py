@@ -161,7 +161,7 @@ def open_scorer(path: Path, format: str | None = None) -> TorchScorer:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise RequestError(f"{path}: transformers cannot open it: {error}") from error
     if format is not None:
         from lacewing.nn.replace import replace_linear

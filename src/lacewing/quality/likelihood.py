@@ -57,4 +57,4 @@ def _log_prob(row: Floats, target: int) -> float:
 
 def power(exponent: float) -> float:
     """e to the `exponent`; infinity where a float cannot hold it."""
-    return math.exp(exponent) if exponent < 709 else math.inf
+    return math.inf if exponent > 709 else math.exp(exponent)
