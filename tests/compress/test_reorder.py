@@ -65,7 +65,8 @@ def test_the_record_is_true_and_never_worse(size: float, stage: int, name: str) 
     found = reorder_stage(block, stage, chosen, inputs)
     assert found.before == error(weights(plain, stage), chosen, inputs)
     order = input_order(block.spec, stage, found.order)
-    assert found.after == error(weights(block, stage), chosen, inputs.ordered(order))
+    again = error(weights(block, stage), chosen, inputs.ordered(order))
+    assert found.after == pytest.approx(again, rel=1e-4)  # the outputs' energy, once more in f32
     if found.key is None:
         assert torch.equal(found.order, torch.arange(len(found.order)))
         assert all(

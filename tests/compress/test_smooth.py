@@ -76,7 +76,8 @@ def test_the_record_is_true_and_never_worse(stage: int, name: str, method: str) 
     assert found.after <= found.before
     assert found.before == error(weights(plain, stage), chosen, inputs)
     wide = expand(block.spec, stage, found.scales)
-    assert found.after == error(weights(block, stage), chosen, inputs.divided(wide))
+    again = error(weights(block, stage), chosen, inputs.divided(wide))
+    assert found.after == pytest.approx(again, rel=1e-4)  # the outputs' energy, once more in f32
     if found.alpha is None:
         assert found.after == found.before
         assert all(
@@ -96,7 +97,7 @@ def test_all_alphas_are_tried() -> None:
         s = candidate(inputs.absmax, torch.cat(ws).abs().amax(0), alpha)
         losses[alpha] = error([w * s for w in ws], chosen, inputs.divided(s))
     assert found.alpha == min(losses, key=losses.__getitem__)
-    assert found.after == min(losses.values())
+    assert found.after == pytest.approx(min(losses.values()), rel=1e-4)
 
 
 def output_error(block, stage: int, x, name: str, importance) -> float:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lacewing.compress.decoder import STAGES, Block
 from lacewing.compress.folds import channels, input_order, merge, permute_inputs
-from lacewing.compress.rounding import Inputs, error, sample
+from lacewing.compress.rounding import Inputs, energies, error, sample
 from lacewing.formats import Format
 from lacewing.models import DecoderSpec
 
@@ -47,13 +48,17 @@ class Reader:
     def error(self, order: Tensor) -> float:
         """`rounding.error` with the inputs in `order`."""
         weights = [w[:, order] for w in self.weights]
-        return error(weights, self.formats, self.inputs.ordered(order))
+        return error(weights, self.formats, self.inputs.ordered(order), self._energies)
 
     def magnitudes(self) -> dict[str, Tensor]:
         """By key, what the inputs are sorted by: `[k]` each."""
         rms = self.inputs.hessian.diagonal().sqrt()
         weight = torch.cat(list(self.weights)).square().mean(0).sqrt()
         return dict(zip(KEYS, (rms, self.inputs.absmax, weight, rms * weight), strict=True))
+
+    @cached_property
+    def _energies(self) -> list[float]:
+        return energies(self.weights, self.inputs.hessian)
 
     def sampled(self) -> Reader:
         """With some of the outputs."""

@@ -19,6 +19,7 @@ from lacewing.formats import Format
 __all__ = [
     "Inputs",
     "conditional_variance",
+    "energies",
     "error",
     "nearest",
     "round_activations",
@@ -101,7 +102,17 @@ def sample(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [w[torch.linspace(0, len(w) - 1, min(len(w), rows)).long()] for w in weights]
 
 
-def error(weights: Sequence[Tensor], formats: Sequence[Format], inputs: Inputs) -> float:
+def energies(weights: Sequence[Tensor], hessian: Tensor) -> list[float]:
+    """tr(W H W^T) of every layer: what no fold changes, so that it is computed once."""
+    return [_form(weight, hessian) for weight in weights]
+
+
+def error(
+    weights: Sequence[Tensor],
+    formats: Sequence[Format],
+    inputs: Inputs,
+    whole: Sequence[float] | None = None,
+) -> float:
     """The mean over layers, each `[n, k]` in its format, of the squared error of the outputs over
     the outputs' square, where W' is W rounded to nearest and x' is x as the format reads it:
 
@@ -109,27 +120,27 @@ def error(weights: Sequence[Tensor], formats: Sequence[Format], inputs: Inputs) 
 
     With `conditional` D in the place of the first H, of a column solver's result without solving.
     The roundings of weights and of activations are taken to be independent. A layer that returns
-    nothing but 0 counts as exact; an error that is not finite is infinite.
+    nothing but 0 counts as exact; an error that is not finite is infinite. whole: the `energies`,
+    where they are known.
     """
     total = 0.0
     rounded: dict[int, Tensor] = {}
-    for weight, format in zip(weights, formats, strict=True):
+    whole = energies(weights, inputs.hessian) if whole is None else whole
+    for weight, format, energy in zip(weights, formats, whole, strict=True):
+        if energy == 0:
+            continue
         group = format.group_size
         if group not in rounded:
             rounded[group] = round_activations(inputs.rows, format) - inputs.rows
-        total += _layer_error(weight, format, inputs, rounded[group])
+        total += _lost(weight, format, inputs, rounded[group]) / energy
     mean = total / len(weights)
     return mean if mean < float("inf") else float("inf")
 
 
-def _layer_error(weight: Tensor, format: Format, inputs: Inputs, lost: Tensor) -> float:
-    hessian = inputs.hessian
-    whole = _form(weight, hessian)
-    if whole == 0:
-        return 0.0
-    values = nearest(weight, format, hessian.diagonal())
+def _lost(weight: Tensor, format: Format, inputs: Inputs, lost: Tensor) -> float:
+    values = nearest(weight, format, inputs.hessian.diagonal())
     outputs = float(F.linear(lost, values).square().sum(dtype=torch.float64)) / len(lost)
-    return (_weights_part(values - weight, inputs) + outputs) / whole
+    return _weights_part(values - weight, inputs) + outputs
 
 
 def _weights_part(lost: Tensor, inputs: Inputs) -> float:

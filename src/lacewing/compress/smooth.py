@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lacewing.compress.decoder import STAGES, Block
 from lacewing.compress.folds import channels, divided_by, expand, merge, scale_inputs
-from lacewing.compress.rounding import Inputs, error, sample
+from lacewing.compress.rounding import Inputs, energies, error, sample
 from lacewing.errors import RecipeError
 from lacewing.formats import Format
 from lacewing.models import DecoderSpec
@@ -62,23 +63,23 @@ def smooth_stage(
         raise RecipeError(f"smooth: needs one of {', '.join(METHODS)}, got `{method}`")
     weights = [block.linear(name).weight.detach() for name in STAGES[stage]]
     x, w = _magnitudes(block.spec, stage, weights, inputs, method)
-    part = sample(weights, _OUTPUTS)
-    best, alpha = _error(block.spec, stage, part, formats, inputs, None), None
-    scales = torch.ones(channels(block.spec, stage))
+    some = _Stage(block.spec, stage, sample(weights, _OUTPUTS), formats, inputs)
+    identity = torch.ones(channels(block.spec, stage))
+    best, alpha, scales = some.error(identity), None, identity
     for a in ALPHAS:
         found = candidate(x, w, a)
         if not _holds(block, stage, weights, inputs, found):
             continue
-        loss = _error(block.spec, stage, part, formats, inputs, found)
+        loss = some.error(found)
         if loss < best:
             best, alpha, scales = loss, a, found
-    before = after = _error(block.spec, stage, weights, formats, inputs, None)
+    all_outputs = _Stage(block.spec, stage, weights, formats, inputs)
+    before = after = all_outputs.error(identity)
     if alpha is not None:
-        after = _error(block.spec, stage, weights, formats, inputs, scales)
-        if after >= before:
-            alpha, after, scales = None, before, torch.ones_like(scales)
-    if alpha is not None:
-        scale_inputs(block, stage, scales)
+        after = all_outputs.error(scales)
+    if alpha is None or after >= before:
+        return Smoothing(method, stage, None, before, before, identity)
+    scale_inputs(block, stage, scales)
     return Smoothing(method, stage, alpha, before, after, scales)
 
 
@@ -106,18 +107,25 @@ def _magnitudes(
     return x, w
 
 
-def _error(
-    spec: DecoderSpec,
-    stage: int,
-    weights: Sequence[Tensor],
-    formats: Sequence[Format],
-    inputs: Inputs,
-    scales: Tensor | None,
-) -> float:
-    if scales is None:
-        return error(weights, formats, inputs)
-    wide = expand(spec, stage, scales)
-    return error([w * wide for w in weights], formats, inputs.divided(wide))
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """What a candidate is judged by."""
+
+    spec: DecoderSpec
+    stage: int
+    weights: Sequence[Tensor]
+    formats: Sequence[Format]
+    inputs: Inputs
+
+    @cached_property
+    def energies(self) -> list[float]:
+        return energies(self.weights, self.inputs.hessian)
+
+    def error(self, scales: Tensor) -> float:
+        """`rounding.error` with scales `[channels]` folded in."""
+        wide = expand(self.spec, self.stage, scales)
+        weights = [w * wide for w in self.weights]
+        return error(weights, self.formats, self.inputs.divided(wide), self.energies)
 
 
 def _holds(
