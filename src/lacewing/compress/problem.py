@@ -58,7 +58,23 @@ class Problem:
 
         Raises RecipeError, naming the layer, if it does not exist even then.
         """
-        h = self.damped.double()
+        return self._factor(self.damped)
+
+    def aiming(self, weight: Tensor, name: str | None = None) -> Problem:
+        """The problem of another weight that reads the same inputs; what is known of them goes
+        along."""
+        other = Problem(name or self.name, weight, self.hessian, self.tokens)
+        for key in ("damped", "diagonal", "inverse_factor"):
+            if key in self.__dict__:
+                other.__dict__[key] = self.__dict__[key]
+        return other
+
+    def ordered_factor(self, order: Tensor) -> Tensor:
+        """`inverse_factor` of the inputs in `order`, `[k]` indices."""
+        return self._factor(self.damped[order][:, order])
+
+    def _factor(self, damped: Tensor) -> Tensor:
+        h = damped.double()
         mean = h.diagonal().mean()
         for extra in (0.0, 0.1, 1.0, 10.0):
             h.diagonal().add_(extra * mean)
