@@ -41,6 +41,10 @@ def same(a: Path, b: Path) -> bool:
     return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
+def identical(a: Path, b: Path) -> bool:
+    return same(a, b) and (a / "lacewing.json").read_bytes() == (b / "lacewing.json").read_bytes()
+
+
 @pytest.mark.parametrize("lora", [None, 4])
 @pytest.mark.parametrize("format", FAMILIES)
 def test_it_comes_nearer_and_keeps_masks(
@@ -70,7 +74,7 @@ def test_the_rest_of_the_directory_stays(tmp_path: Path, dense: Path) -> None:
     assert (healed["dense"], healed["windows"], healed["window"]) == ("dense", 64, 16)
     assert (healed["steps"], healed["rate"], healed["seed"]) == (30, 5e-3, 0)
     assert (healed["before"], healed["after"]) == (found.before, found.after)
-    assert [step for step, _, _ in healed["history"]] == [0, 8, 15, 23, 30]
+    assert [step for step, _ in healed["history"]] == [0, 8, 15, 23, 30]
     assert (tmp_path / "after/tokenizer.json").read_text() == training.TOKENS.tokenizer_json
 
 
@@ -108,7 +112,7 @@ def test_steps_are_reproducible(changes: dict[str, Any], tmp_path: Path, dense: 
     how = replace(SHORT, steps=6, bf16=True, **changes)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         heal(before, dense, tmp_path / name, replace(how, seed=seed))
-    assert same(tmp_path / "a", tmp_path / "b")
+    assert identical(tmp_path / "a", tmp_path / "b")
     assert not same(tmp_path / "a", tmp_path / "c")
 
 
@@ -158,7 +162,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, dense: Path) -> None:
         assert not out.exists()
         assert (tmp_path / "out.work/state.safetensors").exists()
     assert run(before, dense, out, -1) == 0
-    assert same(out, tmp_path / "whole")
+    assert identical(out, tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "dense", "out", "whole"]
 
 
@@ -216,6 +220,16 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path, dense: Path) -> None:
         heal(before, dense, tmp_path / "after")
     assert "delete" in str(caught.value.hint)
     assert not (tmp_path / "after").exists()
+
+
+def test_the_work_of_others_is_left_alone(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    work = tmp_path / "after.work"
+    work.mkdir()
+    (work / "session.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"after\.work: needs a place of its own"):
+        heal(before, dense, tmp_path / "after")
+    assert [p.name for p in work.iterdir()] == ["session.json"]
 
 
 def test_an_existing_target_is_left_alone(tmp_path: Path, dense: Path) -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lacewing.checkpoint import Source, open_source
-from lacewing.checkpoint.files import new_directory, parse_json
+from lacewing.checkpoint.files import fail, new_directory, parse_json
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import MANIFEST, PackedSource
 from lacewing.compress import savepoint
@@ -192,9 +192,11 @@ def heal_windows(
 
 
 def _notes(dense: Source, windows: Tensor, healing: Healing, found: Healed) -> dict[str, Any]:
-    """What the manifest says of it."""
+    """What the manifest says of it. No times: the same healing writes the same bytes."""
     text = {"windows": len(windows), "window": windows.shape[1]}
-    return {"dense": dense.path.name, **text, **asdict(healing), **asdict(found)}
+    told = asdict(found) | {"history": [(step, loss) for step, _, loss in found.history]}
+    del told["seconds"]
+    return {"dense": dense.path.name, **text, **asdict(healing), **told}
 
 
 class _Run:
@@ -461,6 +463,8 @@ def _check_windows(windows: Tensor, source: Source, healing: Healing) -> None:
 def _workplace(work: Path, identity: str) -> Iterator[None]:
     """The directory of an unfinished run, for one process at a time, and for one run."""
     work.mkdir(exist_ok=True)
+    if any(work.iterdir()) and not (work / _RUN).exists():
+        fail(str(work), "a place of its own to work in", "a directory of something else")
     with (work / _RUN).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
