@@ -23,6 +23,7 @@ from lacewing.errors import CheckpointError, RecipeError  # noqa: E402
 from lacewing.formats import FORMATS  # noqa: E402
 from tests.compress import training  # noqa: E402
 from tests.compress.training import FAMILIES, tokens, weights, write_model  # noqa: E402
+from tests.tiny import CONFIGS  # noqa: E402
 
 SHORT = Healing(steps=30, rate=5e-3, tokens=256, held_out=4, bf16=False)
 
@@ -63,6 +64,19 @@ def test_it_comes_nearer_and_keeps_masks(
         if name in training.TABLES:
             assert np.array_equal(a.dequantize(), b.dequantize())
     assert not (tmp_path / "after.work").exists()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", "qwen2-window", "llama-llama3"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_architecture_heals(
+    name: str, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of heads and of outputs, windows, biases, tied heads; in bf16 too."""
+    monkeypatch.setattr(training, "CONFIG", CONFIGS[name])
+    dense = write_model(tmp_path / "dense", weights(CONFIGS[name]), "bf16")
+    before = write_model(tmp_path / "before", weights(CONFIGS[name]), "w3a8g64")
+    how = replace(SHORT, steps=8, rate=2e-3, bf16=bf16)
+    assert heal(before, dense, tmp_path / "after", how).helped
 
 
 def test_the_rest_of_the_directory_stays(tmp_path: Path, dense: Path) -> None:
