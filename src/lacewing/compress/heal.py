@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lacewing.checkpoint import Source, open_source
-from lacewing.checkpoint.files import new_directory, parse_json
+from lacewing.checkpoint.files import fail, new_directory, parse_json, shown
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import MANIFEST, PackedSource
 from lacewing.compress import savepoint
@@ -192,9 +192,11 @@ def heal_windows(
 
 
 def _notes(dense: Source, windows: Tensor, healing: Healing, found: Healed) -> dict[str, Any]:
-    """What the manifest says of it."""
+    """What the manifest says of it. No times: the same healing writes the same bytes."""
     text = {"windows": len(windows), "window": windows.shape[1]}
-    return {"dense": dense.path.name, **text, **asdict(healing), **asdict(found)}
+    told = asdict(found) | {"history": [(step, loss) for step, _, loss in found.history]}
+    del told["seconds"]
+    return {"dense": dense.path.name, **text, **asdict(healing), **told}
 
 
 class _Run:
@@ -259,13 +261,15 @@ class _Run:
 
     def _advance(self) -> None:
         loss = self._gradients()
+        if not math.isfinite(loss):
+            raise self._diverged()
         with uninterrupted():
             norm = self.trainer.step(self.healing.rate * _schedule(self._share()))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not math.isfinite(norm):
                 raise self._diverged()
             self.student.write()
             self.step += 1
-        self._tell(f"KL {loss:.4f}")
+        self._tell(f": KL {loss:.4f}")
 
     def _gradients(self) -> float:
         """Adds up the gradients of a step; returns its loss."""
@@ -306,8 +310,8 @@ class _Run:
         found = sum(each) / len(each)
         if not math.isfinite(found):
             raise self._diverged()
-        if self.history and found < min(loss for _, _, loss in self.history):
-            savepoint.save(self.work / _BEST, self._trained_tensors(), {"step": self.step})
+        if self.history and found < min(self.history[0][2], self._kept()):
+            savepoint.save(self.work / _BEST, self.trainer.parameters, {"loss": found})
         self.history.append((self.step, round(self._seconds(), 1), found))
         self.looking = self.looking or time.monotonic() - begin
         self._tell("")
@@ -315,9 +319,8 @@ class _Run:
     def _tell(self, text: str) -> None:
         if self.progress is not None:
             rate = self.tokens() / max(1e-9, self._seconds())
-            line = (
-                f"step {self.step} {text} held out {self.history[-1][2]:.4f}, {rate:.0f} tokens/s"
-            )
+            held = f"held out {self.history[-1][2]:.4f}"
+            line = f"step {self.step}{text}, {held}, {rate:.0f} tokens/s"
             self.progress(min(1.0, self._share()), line)
 
     def tokens(self) -> int:
@@ -336,13 +339,18 @@ class _Run:
 
     def best(self) -> Healed:
         """What was reached, with the best of all looks in the masters and norms."""
-        losses = [loss for _, _, loss in self.history]
-        least = min(losses)
-        if least < losses[0] and least != losses[-1]:
-            savepoint.load(self.work / _BEST, self._trained_tensors())
-        seconds = round(self._seconds(), 1)
-        found = tuple(self.history)
-        return Healed(losses[0], least, self.step, self.tokens(), seconds, found)
+        first, last, kept = self.history[0][2], self.history[-1][2], self._kept()
+        after = min(first, last, kept)
+        if after == kept != last:
+            savepoint.load(self.work / _BEST, self.trainer.parameters)
+        seconds, history = round(self._seconds(), 1), tuple(self.history)
+        return Healed(first, after, self.step, self.tokens(), seconds, history)
+
+    def _kept(self) -> float:
+        """The loss of what was put aside, which may be of a later look than the state that an
+        interrupted run went on from."""
+        path = self.work / _BEST
+        return float(savepoint.read_facts(path)["loss"]) if path.exists() else math.inf
 
     def packed(self) -> dict[str, Callable[[], Packed]]:
         """What replaces tensors of the compressed model."""
@@ -360,9 +368,6 @@ class _Run:
         return {name: partial(weight, master) for name, master in masters} | {
             name: partial(vector, norm) for name, norm in norms
         }
-
-    def _trained_tensors(self) -> list[Tensor]:
-        return self.trainer.parameters
 
     def _save(self) -> None:
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
@@ -415,22 +420,28 @@ def _check_pair(compressed: Source, dense: Source) -> None:
             f" {compressed.path}, got {_listed(theirs.get(name))}",
             hint="name the model that was compressed as the dense one",
         )
-    if _vocabulary(compressed) != _vocabulary(dense):
-        raise RecipeError(
-            f"{dense.path}: needs the vocabulary of {compressed.path}, got another one",
-            hint="name the model that was compressed as the dense one",
-        )
+    known = _vocabulary(dense)
+    for token, number in _vocabulary(compressed).items():
+        if known.get(token, number) != number:
+            raise RecipeError(
+                f"{dense.path}: needs the vocabulary of {compressed.path}, where {shown(token)!r}"
+                f" is {number}, got {known[token]}",
+                hint="name the model that was compressed as the dense one",
+            )
 
 
 def _listed(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
 
 
-def _vocabulary(source: Source) -> Any:
-    """Tokens and their ids, as the tokenizers of one model have them in all kinds of files."""
-    return (
-        parse_json(source.tokenizer.tokenizer_json, str(source.path)).get("model", {}).get("vocab")
-    )
+def _vocabulary(source: Source) -> dict[str, int]:
+    """Tokens and their ids. Files of one model may differ in the tokens they add to it."""
+    document = parse_json(source.tokenizer.tokenizer_json, str(source.path))
+    model = document.get("model")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(found, list):  # of pairs of a token and its score
+        return {str(pair[0]): number for number, pair in enumerate(found)}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_windows(windows: Tensor, source: Source, healing: Healing) -> None:
@@ -461,6 +472,8 @@ def _check_windows(windows: Tensor, source: Source, healing: Healing) -> None:
 def _workplace(work: Path, identity: str) -> Iterator[None]:
     """The directory of an unfinished run, for one process at a time, and for one run."""
     work.mkdir(exist_ok=True)
+    if any(work.iterdir()) and not (work / _RUN).exists():
+        fail(str(work), "a place of its own to work in", "a directory of something else")
     with (work / _RUN).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lacewing.checkpoint.files import fail, parse_json
 from lacewing.checkpoint.safetensors import SafetensorsWriter, read_safetensors
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_facts", "save"]
 
 
 def save(path: Path, tensors: Iterable[Tensor], facts: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def save(path: Path, tensors: Iterable[Tensor], facts: Mapping[str, Any]) -> Non
     partial.replace(path)
 
 
-def facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
     """The facts of a file alone. Raises CheckpointError for a damaged one."""
     return parse_json(read_safetensors(path).metadata.get("facts", ""), str(path))
 
@@ -44,4 +44,4 @@ def load(path: Path, tensors: Iterable[Tensor]) -> dict[str, Any]:
         fail(str(path), "the state of this very run", "tensors of other shapes", "delete it")
     for i, tensor in enumerate(listed):
         tensor.detach().copy_(torch.from_numpy(file.array(str(i)).copy()))
-    return facts(path)
+    return read_facts(path)
