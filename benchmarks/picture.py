@@ -1,0 +1,376 @@
+"""The pictures of the quality benchmark: what a model loses, against bytes, speed or accuracy.
+
+Points are rows of a record of quality.py. SVG is written by hand: no plotting library. Light and
+dark are two sets of colours in one file, chosen by the viewer's `prefers-color-scheme`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 1120, 720
+LEFT, RIGHT, TOP, BOTTOM = 84, 1040, 92, 640  # of the plot itself
+SIZE = 11.5  # of the labels' letters
+LETTER = 0.56 * SIZE  # the mean advance of a letter of Helvetica or Arial, rounded up
+R = 5.5  # of a mark
+
+
+@dataclass(frozen=True)
+class Family:
+    """What marks have in common: the legend's words, a shape, colours on white and on black."""
+
+    words: str
+    shape: str
+    light: str
+    dark: str
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, darker on white and lighter on
+# black where they would be faint. Shapes tell the families apart without any.
+FAMILIES = {
+    "nearest": Family("dense, rounded to nearest", "circle", "#0072B2", "#4FA8DC"),
+    "calibrated": Family("dense, calibrated", "square", "#009E73", "#2CC295"),
+    "sparse": Family("sparse", "triangle", "#B8560B", "#E99A4D"),
+    "healed": Family("healed", "diamond", "#B0508A", "#E08FC0"),
+    "llama.cpp": Family("llama.cpp", "cross", "#333333", "#DDDDDD"),
+}
+OWN_GRID = "the file's own grid: lossless here, not a merit"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark. `cost` and `loss` are what one wants little of; None is not measured."""
+
+    name: str
+    family: str
+    x: float
+    y: float
+    own_grid: bool = False
+    hint: str = ""
+
+
+def frontier(points: Sequence[Point], rising: bool = False) -> list[Point]:
+    """The points that no other beats: least y for their x, from left to right. `rising`: much of x
+    is wanted (speed), not little. Of equal points, all stay. The file's own grid takes no part."""
+    taking = [point for point in points if not point.own_grid]
+    best = math.inf
+    kept: list[Point] = []
+    for point in sorted(taking, key=lambda p: (-p.x if rising else p.x, p.y)):
+        equal = bool(kept) and (point.x, point.y) == (kept[-1].x, kept[-1].y)
+        if point.y < best or equal:
+            kept.append(point)
+            best = point.y
+    return sorted(kept, key=lambda p: p.x)
+
+
+# -- axes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to points of the picture; values outside are drawn on the edge."""
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[float]
+    words: Callable[[float], str]
+    log: bool = False
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, value: float) -> float:
+        return self.start + (self.end - self.start) * min(max(self.share(value), 0.0), 1.0)
+
+    def share(self, value: float) -> float:
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def holds(self, value: float) -> bool:
+        return -1e-9 <= self.share(value) <= 1 + 1e-9
+
+
+def linear_axis(title: str, values: Iterable[float], words: Callable[[float], str]) -> Axis:
+    """From left to right, around the values, with round ticks."""
+    found = list(values)
+    room = 0.06 * (max(found) - min(found)) or 0.06 * abs(max(found)) or 1.0
+    low, high = max(min(found) - room, 0.0), max(found) + 1.5 * room
+    step = _round((high - low) / 8)
+    first = math.ceil(low / step)
+    ticks = [i * step for i in range(first, int(high / step) + 1)]
+    return Axis(title, low, high, ticks, words, start=LEFT, end=RIGHT)
+
+
+def loss_axis(values: Iterable[float], dense: float, high: float = 10.0) -> Axis:
+    """Of the perplexity that a model lost, as a share of the dense one's: logarithmic, upwards.
+
+    What lost less than a thousandth (which the text cannot tell from nothing) is drawn on the
+    lower edge, what lost more than `high` times on the upper one."""
+    most = max((v for v in values if v > 0), default=0.01)
+    high = min(high, _above(most * 1.1))
+    low = 1e-3
+    ticks = [
+        step * 10.0**power
+        for power in range(-3, 2)
+        for step in (1, 2, 5)
+        if low <= step * 10.0**power <= high * 1.001
+    ]
+
+    def words(value: float) -> str:
+        share = f"{value:+.1%}" if value < 0.01 else f"{value:+.0%}"
+        loss = dense * (1 + value)
+        return f"{share}|{loss:.2f}" if loss < 100 else f"{share}|{loss:.0f}"
+
+    title = "perplexity above the dense model's (right: perplexity)"
+    return Axis(title, low, max(high, 0.01), ticks, words, log=True, start=BOTTOM, end=TOP)
+
+
+def share_axis(title: str, values: Iterable[float]) -> Axis:
+    """Of an accuracy, upwards and the best on top."""
+    found = list(values)
+    low, high = max(min(found) - 0.03, 0.0), min(max(found) + 0.03, 1.0)
+    step = _round((high - low) / 8)
+    ticks = [i * step for i in range(math.ceil(low / step), int(high / step) + 1)]
+    return Axis(title, low, high, ticks, lambda v: f"{v:.0%}", start=BOTTOM, end=TOP)
+
+
+def _round(value: float) -> float:
+    """1, 2 or 5 times a power of ten, near the value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return min((step * power for step in (1, 2, 5, 10)), key=lambda each: abs(each - value))
+
+
+def _above(value: float) -> float:
+    power = 10.0 ** math.floor(math.log10(value))
+    return min(step * power for step in (1, 2, 5, 10) if step * power >= value * 0.9999)
+
+
+# -- labels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Box:
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def meets(self, other: Box) -> bool:
+        across = self.x0 < other.x1 and other.x0 < self.x1
+        return across and self.y0 < other.y1 and other.y0 < self.y1
+
+    def inside(self, other: Box) -> bool:
+        across = other.x0 <= self.x0 and self.x1 <= other.x1
+        return across and other.y0 <= self.y0 and self.y1 <= other.y1
+
+
+PLOT = Box(LEFT + 3, TOP + 3, RIGHT - 3, BOTTOM - 3)
+
+
+def label_box(x: float, y: float, name: str, step: float, angle: float) -> Box:
+    """Where a label lies that is `step` away from the mark at (x, y), in the direction `angle`."""
+    width, height = LETTER * len(name), SIZE + 2
+    dx, dy = math.cos(angle), -math.sin(angle)
+    cx = x + dx * step + _toward(dx) * width / 2
+    cy = y + dy * step + _toward(dy) * height / 2
+    return Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+
+
+def _toward(direction: float) -> float:
+    """-1, 0 or 1: which side of a label faces the mark."""
+    return 0.0 if abs(direction) < 0.3 else math.copysign(1.0, direction)
+
+
+ANGLES = [math.radians(each) for each in (0, 180, 30, -30, 150, -150, 90, -90, 60, -60, 120, -120)]
+STEPS = (R + 4, R + 12, R + 22, R + 34, R + 48, R + 64, R + 84, R + 110, R + 140, R + 180)
+
+
+def place(marks: Sequence[tuple[float, float, str]]) -> list[Box | None]:
+    """A box for the label of every mark (x, y, name), near it, over no mark and no other label;
+    None where there is no room. Earlier marks choose first."""
+    taken = [Box(x - R, y - R, x + R, y + R) for x, y, _ in marks]
+    found: list[Box | None] = []
+    for x, y, name in marks:
+        boxes = (label_box(x, y, name, step, angle) for step in STEPS for angle in ANGLES)
+        box = next((b for b in boxes if b.inside(PLOT) and not any(map(b.meets, taken))), None)
+        found.append(box)
+        if box:
+            taken.append(box)
+    return found
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def draw(title: str, note: str, points: Sequence[Point], x: Axis, y: Axis, best: bool) -> str:
+    """The whole file. `best`: much of x is wanted."""
+    edge = frontier(points, rising=best)
+    parts = [*_frame(title, note, x, y), *_frontier(edge, x, y), *_marks(points, edge, x, y)]
+    families = [name for name in FAMILIES if any(p.family == name for p in points)]
+    parts += _legend(families, any(p.own_grid for p in points))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" font-family="Helvetica, Arial, Liberation Sans, DejaVu Sans, '
+        f'sans-serif" font-size="13">\n<title>{escape(title)}</title>\n<style>{style()}</style>\n'
+        f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def style() -> str:
+    dark = _rules("#14171a", "#e8e8e8", "#a5abb0", "#2c3136", [f.dark for f in FAMILIES.values()])
+    light = _rules("#ffffff", "#1d2023", "#5c6166", "#e4e6e8", [f.light for f in FAMILIES.values()])
+    return f"\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+
+
+def _rules(paper: str, ink: str, faint: str, grid: str, families: list[str]) -> str:
+    rules = [
+        f".paper {{ fill: {paper} }} .halo {{ stroke: {paper} }}",
+        f".ink {{ fill: {ink} }} .faint {{ fill: {faint} }}",
+        f".grid {{ stroke: {grid} }} .rule {{ stroke: {faint} }}",
+        *(
+            f".f{i} {{ fill: {colour} }} .s{i} {{ stroke: {colour} }}"
+            for i, colour in enumerate(families)
+        ),
+    ]
+    return "\n".join(rules)
+
+
+def _text(x: float, y: float, text: str, kind: str = "ink", **more: object) -> str:
+    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{attributes}>{_shown(text)}</text>'
+
+
+def _shown(text: str) -> str:
+    """Escaped, and without what XML cannot hold."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, kind: str, **more: object) -> str:
+    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
+    return (
+        f'<line class="{kind}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"{attributes}/>'
+    )
+
+
+def _frame(title: str, note: str, x: Axis, y: Axis) -> Iterator[str]:
+    yield _text(LEFT, 32, title, font_size=18, font_weight="bold")
+    yield _text(LEFT, 52, note, "faint")
+    for value in x.ticks:
+        at = x(value)
+        yield _line(at, TOP, at, BOTTOM, "grid")
+        for row, words in enumerate(x.words(value).split("|")):
+            yield _text(at, BOTTOM + 19 + 16 * row, words, "faint", text_anchor="middle")
+    for value in y.ticks:
+        at = y(value)
+        yield _line(LEFT, at, RIGHT, at, "grid")
+        left, _, right = y.words(value).partition("|")
+        yield _text(LEFT - 8, at + 4.5, left, "faint", text_anchor="end")
+        if right:
+            yield _text(RIGHT + 8, at + 4.5, right, "faint")
+    yield (
+        f'<rect class="rule" x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" '
+        f'height="{BOTTOM - TOP}" fill="none"/>'
+    )
+    yield _text((LEFT + RIGHT) / 2, BOTTOM + 62, x.title, text_anchor="middle")
+    middle = (TOP + BOTTOM) / 2
+    yield _text(22, middle, y.title, text_anchor="middle", transform=f"rotate(-90 22 {middle:.0f})")
+
+
+def _frontier(edge: Sequence[Point], x: Axis, y: Axis) -> Iterator[str]:
+    """A staircase: what is between two of its points is reached by the worse of both."""
+    if not edge:
+        return
+    corners = [(x(edge[0].x), y(edge[0].y))]
+    for before, after in pairwise(edge):
+        # Either y falls to the right (bytes) or it rises (speed); the step lies on the worse side.
+        falls = after.y < before.y
+        corners.append((x(after.x), y(before.y)) if falls else (x(before.x), y(after.y)))
+        corners.append((x(after.x), y(after.y)))
+    path = " ".join(f"{u:.1f},{v:.1f}" for u, v in corners)
+    yield (
+        f'<polyline class="rule" points="{path}" fill="none" stroke-width="1.6" '
+        'stroke-dasharray="6 4"/>'
+    )
+
+
+def _marks(
+    points: Sequence[Point], edge: Sequence[Point], x: Axis, y: Axis
+) -> Iterator[str]:
+    """Marks, then labels over them: those of the frontier find their places first, in bold."""
+    order = sorted(points, key=lambda p: (p not in edge, p.family != "llama.cpp", p.y))
+    at = [(x(p.x), y(p.y), _label(p, y)) for p in order]
+    boxes = place(at)
+    for point, (u, v, name), box in zip(order, at, boxes, strict=True):
+        if box:
+            yield from _leader(u, v, box, list(FAMILIES).index(point.family))
+    for point, (u, v, _) in zip(order, at, strict=True):
+        yield _symbol(point.family, u, v, point.own_grid, point.hint or point.name)
+    for point, (_, _, name), box in zip(order, at, boxes, strict=True):
+        if box:
+            weight = {"font_weight": "bold"} if point in edge else {}
+            kind = "faint" if point.own_grid else "ink"
+            yield _text(
+                (box.x0 + box.x1) / 2, box.y1 - 3, name, kind, text_anchor="middle",
+                font_size=SIZE, **weight,
+            )  # fmt: skip
+
+
+def _label(point: Point, y: Axis) -> str:
+    """The name; with an arrow and the value where the mark is on an edge that it is beyond."""
+    if y.log and y.share(point.y) > 1:
+        return f"{point.name} \N{UPWARDS ARROW} {y.words(point.y).partition('|')[2]}"
+    return point.name
+
+
+def _leader(x: float, y: float, box: Box, family: int) -> Iterator[str]:
+    """A line from a mark to a label that is not beside it."""
+    near_x, near_y = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+    if math.hypot(near_x - x, near_y - y) > R + 8:
+        yield _line(x, y, near_x, near_y, f"s{family}", stroke_opacity=0.55, stroke_width=0.9)
+
+
+def _legend(families: Sequence[str], own_grid: bool) -> Iterator[str]:
+    x = LEFT + 6.0
+    for name in families:
+        words = FAMILIES[name].words
+        yield _symbol(name, x, 74, False, words)
+        yield _text(x + 12, 78.5, words)
+        x += 34 + 6.8 * len(words)
+    if own_grid:
+        yield _symbol("llama.cpp", x, 74, True, OWN_GRID)
+        yield _text(x + 12, 78.5, OWN_GRID)
+        x += 34 + 6.6 * len(OWN_GRID)
+    yield _line(x - 8, 74, x + 16, 74, "rule", stroke_width=1.6, stroke_dasharray="6 4")
+    yield _text(x + 22, 78.5, "frontier")
+
+
+SHAPES = {
+    "square": ((-5, -5), (5, -5), (5, 5), (-5, 5)),
+    "triangle": ((0, -7), (6.5, 5), (-6.5, 5)),
+    "diamond": ((0, -7), (7, 0), (0, 7), (-7, 0)),
+    "cross": (
+        (-2, -6), (2, -6), (2, -2), (6, -2), (6, 2), (2, 2),
+        (2, 6), (-2, 6), (-2, 2), (-6, 2), (-6, -2), (-2, -2),
+    ),
+}  # fmt: skip
+
+
+def _symbol(family: str, x: float, y: float, hollow: bool, hint: str) -> str:
+    """A mark, outlined in the colour of the paper so that overlapping ones stay apart; that of the
+    file's own grid is an outline of its own colour."""
+    i = list(FAMILIES).index(family)
+    kind = f's{i}" fill="none" stroke-width="1.5' if hollow else f'f{i} halo" stroke-width="1.2'
+    inside = f"<title>{_shown(hint)}</title>"
+    corners = SHAPES.get(FAMILIES[family].shape)
+    if corners is None:
+        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{R}">{inside}</circle>'
+    path = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="{kind}" points="{path}">{inside}</polygon>'
