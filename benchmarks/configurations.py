@@ -75,8 +75,8 @@ def llama(kind: str, own_grid: bool = False) -> Configuration:
     return Configuration(kind, "llama.cpp", kind=kind, own_grid=own_grid)
 
 
-# What everything else is compared with: the weights of the file as they are.
-DENSE = Configuration("bf16", "nearest", format="bf16")
+# What everything else is compared with, the first that there is: the file's weights as they are.
+DENSE = (llama("F32"), Configuration("bf16", "nearest", format="bf16"))
 
 EIGHT = ("w8a8", "w8a8g32", "w8a8g64")
 FEWER = ("w4a8g32", "w4a8g64", "w4a8g128", "w3a8g64", "w2a8g64", "w1.6a8")
@@ -86,7 +86,7 @@ LLAMA = ("Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 def table(own_grid: tuple[str, ...] = (), own_kind: str = "") -> list[Configuration]:
     """All of them. `own_grid`: formats that hold the file's weights without loss; `own_kind`:
     llama.cpp's type that the file is in."""
-    found = [DENSE, *(nearest(format) for format in (*EIGHT, *FEWER))]
+    found = [*DENSE, *(nearest(format) for format in (*EIGHT, *FEWER))]
     found += [nearest(format, own_grid=True) for format in own_grid]
     if not own_grid:
         found += [nearest("w5a8g32z"), nearest("w4a8g32z")]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 1120, 720
 LEFT, RIGHT, TOP, BOTTOM = 84, 1040, 92, 640  # of the plot itself
@@ -37,12 +38,13 @@ FAMILIES = {
     "healed": Family("healed", "diamond", "#B0508A", "#E08FC0"),
     "llama.cpp": Family("llama.cpp", "cross", "#333333", "#DDDDDD"),
 }
+Rising = tuple[bool, bool]
 OWN_GRID = "the file's own grid: lossless here, not a merit"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mark. `cost` and `loss` are what one wants little of; None is not measured."""
+    """One mark."""
 
     name: str
     family: str
@@ -52,18 +54,26 @@ class Point:
     hint: str = ""
 
 
-def frontier(points: Sequence[Point], rising: bool = False) -> list[Point]:
-    """The points that no other beats: least y for their x, from left to right. `rising`: much of x
-    is wanted (speed), not little. Of equal points, all stay. The file's own grid takes no part."""
-    taking = [point for point in points if not point.own_grid]
+def frontier(points: Sequence[Point], rising: Rising = (False, False)) -> list[Point]:
+    """The points that no other beats on one axis and equals on the other, from left to right.
+
+    rising: of x and of y, whether one wants much of it (speed, accuracy) or little (bytes, loss).
+    Of equal points all stay. The file's own grid takes no part.
+    """
     best = math.inf
-    kept: list[Point] = []
-    for point in sorted(taking, key=lambda p: (-p.x if rising else p.x, p.y)):
-        equal = bool(kept) and (point.x, point.y) == (kept[-1].x, kept[-1].y)
-        if point.y < best or equal:
-            kept.append(point)
-            best = point.y
-    return sorted(kept, key=lambda p: p.x)
+    kept: list[tuple[float, float]] = []
+    found: list[Point] = []
+    for point in sorted((p for p in points if not p.own_grid), key=lambda p: _costs(p, rising)):
+        costs = _costs(point, rising)
+        if costs[1] < best or costs in kept:
+            kept.append(costs)
+            found.append(point)
+            best = costs[1]
+    return sorted(found, key=lambda p: p.x)
+
+
+def _costs(point: Point, rising: Rising) -> tuple[float, float]:
+    return (-point.x if rising[0] else point.x, -point.y if rising[1] else point.y)
 
 
 # -- axes -----------------------------------------------------------------------------------------
@@ -208,10 +218,18 @@ def place(marks: Sequence[tuple[float, float, str]]) -> list[Box | None]:
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def draw(title: str, note: str, points: Sequence[Point], x: Axis, y: Axis, best: bool) -> str:
-    """The whole file. `best`: much of x is wanted."""
-    edge = frontier(points, rising=best)
-    parts = [*_frame(title, note, x, y), *_frontier(edge, x, y), *_marks(points, edge, x, y)]
+def draw(
+    title: str,
+    note: str,
+    points: Sequence[Point],
+    x: Axis,
+    y: Axis,
+    rising: Rising = (False, False),
+) -> str:
+    """The whole file. `rising`: as in `frontier`."""
+    edge = frontier(points, rising)
+    parts = [*_frame(title, note, x, y), *_steps(edge, x, y, rising[0])]
+    parts += _marks(points, edge, x, y)
     families = [name for name in FAMILIES if any(p.family == name for p in points)]
     parts += _legend(families, any(p.own_grid for p in points))
     return (
@@ -284,16 +302,14 @@ def _frame(title: str, note: str, x: Axis, y: Axis) -> Iterator[str]:
     yield _text(22, middle, y.title, text_anchor="middle", transform=f"rotate(-90 22 {middle:.0f})")
 
 
-def _frontier(edge: Sequence[Point], x: Axis, y: Axis) -> Iterator[str]:
-    """A staircase: what is between two of its points is reached by the worse of both."""
-    if not edge:
-        return
-    corners = [(x(edge[0].x), y(edge[0].y))]
+def _steps(edge: Sequence[Point], x: Axis, y: Axis, rising: bool) -> Iterator[str]:
+    """A staircase through the frontier: between two of its points one has the worse of both.
+    `rising`: the left one is the worse in x."""
+    corners: list[tuple[float, float]] = []
     for before, after in pairwise(edge):
-        # Either y falls to the right (bytes) or it rises (speed); the step lies on the worse side.
-        falls = after.y < before.y
-        corners.append((x(after.x), y(before.y)) if falls else (x(before.x), y(after.y)))
-        corners.append((x(after.x), y(after.y)))
+        corners.append((x(before.x), y(before.y)))
+        corners.append((x(before.x), y(after.y)) if rising else (x(after.x), y(before.y)))
+    corners += [(x(point.x), y(point.y)) for point in edge[-1:]]
     path = " ".join(f"{u:.1f},{v:.1f}" for u, v in corners)
     yield (
         f'<polyline class="rule" points="{path}" fill="none" stroke-width="1.6" '

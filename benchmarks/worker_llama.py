@@ -36,6 +36,7 @@ class Model:
         self.context = lc.llama_init_from_model(self.model, cparams)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context")
+        self.n_tokens = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(self.model))
         self.sampler = lc.llama_sampler_init_greedy()
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ class Model:
         with open(file, "wb") as out:
             for first, rows in self.rows(tokens):
                 rows[max(start - first, 0) :].tofile(out)
-        return {"vocabulary": self.vocabulary()}
+        return {}
 
     def rows(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Where a batch begins, and the logits of its tokens, which the next one overwrites."""
@@ -106,11 +107,11 @@ class Model:
             lc.llama_batch_free(batch)
             if failed:
                 raise RuntimeError(f"llama_decode returned {failed}")
-            shape = (len(part), self.vocabulary())
+            shape = (len(part), self.n_tokens)
             yield start, np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape)
 
-    def vocabulary(self) -> int:
-        return int(lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(self.model)))
+    def vocabulary(self) -> dict[str, Any]:
+        return {"size": self.n_tokens}
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -123,7 +124,8 @@ def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def quantize(source: str, target: str, kind: str, threads: int) -> dict[str, Any]:
     """Writes `target` with llama.cpp's own quantizer and its own choice of mixed types."""
     params = lc.llama_model_quantize_default_params()
-    params.ftype = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    whole = "ALL" if kind == "F32" else "MOSTLY"
+    params.ftype = getattr(lc, f"LLAMA_FTYPE_{whole}_{kind}")
     params.allow_requantize = True
     params.nthread = threads
     failed = lc.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
