@@ -118,6 +118,7 @@ def size_axis(rows: list[dict[str, Any]]) -> picture.Axis:
         "MB of the whole file (below: bits per weight)",
         [row["bytes"] / 1e6 for row in rows if shown(row)],
         words,
+        "MB",
     )
 
 
@@ -133,7 +134,9 @@ def points(rows: list[dict[str, Any]], x: str, y: str) -> list[Point]:
         across, up = value(row, x), value(row, y)
         if shown(row) and across is not None and up is not None:
             found.append(
-                Point(row["name"], row["family"], across, up, row["own_grid"], hint(row))
+                Point(
+                    row["name"], row["family"], across, up, row["own_grid"], label(row), hint(row)
+                )
             )
     return found
 
@@ -147,6 +150,11 @@ def value(row: dict[str, Any], name: str) -> float | None:
         task = row["tasks"].get(name)
         return float(task["acc"]) if task else None
     return float(row[name])
+
+
+def label(row: dict[str, Any]) -> str:
+    """The name without what the mark's family says already."""
+    return re.sub(r" (calibrated|healed|joint)\b,?", "", str(row["name"]))
 
 
 def hint(row: dict[str, Any]) -> str:

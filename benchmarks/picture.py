@@ -7,6 +7,7 @@ dark are two sets of colours in one file, chosen by the viewer's `prefers-color-
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,8 +16,10 @@ from itertools import pairwise
 WIDTH, HEIGHT = 1120, 720
 LEFT, RIGHT, TOP, BOTTOM = 84, 1040, 92, 640  # of the plot itself
 SIZE = 11.5  # of the labels' letters
-LETTER = 0.56 * SIZE  # the mean advance of a letter of Helvetica or Arial, rounded up
+LETTER = 0.61 * SIZE  # the mean advance of a letter of the widest of the fonts (DejaVu Sans)
+BOLD = 0.68 * SIZE
 R = 5.5  # of a mark
+FAR = 1.8  # times the middle value of an axis
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,14 @@ OWN_GRID = "the file's own grid: lossless here, not a merit"
 
 @dataclass(frozen=True)
 class Point:
-    """One mark."""
+    """One mark. label: what is written beside it, the name if empty; hint: what hovering shows."""
 
     name: str
     family: str
     x: float
     y: float
     own_grid: bool = False
+    label: str = ""
     hint: str = ""
 
 
@@ -89,6 +93,7 @@ class Axis:
     ticks: Sequence[float]
     words: Callable[[float], str]
     log: bool = False
+    unit: str = ""
     start: float = 0.0
     end: float = 1.0
 
@@ -102,22 +107,24 @@ class Axis:
             return -math.inf
         return math.log(value / self.low) / math.log(self.high / self.low)
 
-    def holds(self, value: float) -> bool:
-        return -1e-9 <= self.share(value) <= 1 + 1e-9
 
 
-def linear_axis(title: str, values: Iterable[float], words: Callable[[float], str]) -> Axis:
-    """From left to right, around the values, with round ticks."""
+def linear_axis(
+    title: str, values: Iterable[float], words: Callable[[float], str], unit: str = ""
+) -> Axis:
+    """From left to right, around the values, with round ticks. What is far beyond the middle one
+    is drawn on the right edge, so that it does not press the others together."""
     found = list(values)
-    room = 0.06 * (max(found) - min(found)) or 0.06 * abs(max(found)) or 1.0
-    low, high = max(min(found) - room, 0.0), max(found) + 1.5 * room
+    least, most = min(found), min(max(found), FAR * statistics.median(found))
+    room = 0.06 * (most - least) or 0.06 * most or 1.0
+    low, high = max(least - room, 0.0), most + room
     step = _round((high - low) / 8)
     first = math.ceil(low / step)
     ticks = [i * step for i in range(first, int(high / step) + 1)]
-    return Axis(title, low, high, ticks, words, start=LEFT, end=RIGHT)
+    return Axis(title, low, high, ticks, words, unit=unit, start=LEFT, end=RIGHT)
 
 
-def loss_axis(values: Iterable[float], dense: float, high: float = 10.0) -> Axis:
+def loss_axis(values: Iterable[float], dense: float, high: float = 5.0) -> Axis:
     """Of the perplexity that a model lost, as a share of the dense one's: logarithmic, upwards.
 
     What lost less than a thousandth (which the text cannot tell from nothing) is drawn on the
@@ -183,9 +190,9 @@ class Box:
 PLOT = Box(LEFT + 3, TOP + 3, RIGHT - 3, BOTTOM - 3)
 
 
-def label_box(x: float, y: float, name: str, step: float, angle: float) -> Box:
+def label_box(x: float, y: float, width: float, step: float, angle: float) -> Box:
     """Where a label lies that is `step` away from the mark at (x, y), in the direction `angle`."""
-    width, height = LETTER * len(name), SIZE + 2
+    height = SIZE + 2
     dx, dy = math.cos(angle), -math.sin(angle)
     cx = x + dx * step + _toward(dx) * width / 2
     cy = y + dy * step + _toward(dy) * height / 2
@@ -201,13 +208,13 @@ ANGLES = [math.radians(each) for each in (0, 180, 30, -30, 150, -150, 90, -90, 6
 STEPS = (R + 4, R + 12, R + 22, R + 34, R + 48, R + 64, R + 84, R + 110, R + 140, R + 180)
 
 
-def place(marks: Sequence[tuple[float, float, str]]) -> list[Box | None]:
-    """A box for the label of every mark (x, y, name), near it, over no mark and no other label;
+def place(marks: Sequence[tuple[float, float, float]]) -> list[Box | None]:
+    """A box for the label of every mark (x, y, width), near it, over no mark and no other label;
     None where there is no room. Earlier marks choose first."""
     taken = [Box(x - R, y - R, x + R, y + R) for x, y, _ in marks]
     found: list[Box | None] = []
-    for x, y, name in marks:
-        boxes = (label_box(x, y, name, step, angle) for step in STEPS for angle in ANGLES)
+    for x, y, width in marks:
+        boxes = (label_box(x, y, width, step, angle) for step in STEPS for angle in ANGLES)
         box = next((b for b in boxes if b.inside(PLOT) and not any(map(b.meets, taken))), None)
         found.append(box)
         if box:
@@ -317,33 +324,40 @@ def _steps(edge: Sequence[Point], x: Axis, y: Axis, rising: bool) -> Iterator[st
     )
 
 
-def _marks(
-    points: Sequence[Point], edge: Sequence[Point], x: Axis, y: Axis
-) -> Iterator[str]:
+def _marks(points: Sequence[Point], edge: Sequence[Point], x: Axis, y: Axis) -> Iterator[str]:
     """Marks, then labels over them: those of the frontier find their places first, in bold."""
     order = sorted(points, key=lambda p: (p not in edge, p.family != "llama.cpp", p.y))
-    at = [(x(p.x), y(p.y), _label(p, y)) for p in order]
-    boxes = place(at)
-    for point, (u, v, name), box in zip(order, at, boxes, strict=True):
+    words = [_label(point, x, y) for point in order]
+    at = [(x(point.x), y(point.y)) for point in order]
+    widths = [len(w) * (BOLD if p in edge else LETTER) for p, w in zip(order, words, strict=True)]
+    boxes = place([(u, v, width) for (u, v), width in zip(at, widths, strict=True)])
+    for point, (u, v), box in zip(order, at, boxes, strict=True):
         if box:
-            yield from _leader(u, v, box, list(FAMILIES).index(point.family))
-    for point, (u, v, _) in zip(order, at, strict=True):
+            yield from _leader(u, v, box, _class(point))
+    for point, (u, v) in zip(order, at, strict=True):
         yield _symbol(point.family, u, v, point.own_grid, point.hint or point.name)
-    for point, (_, _, name), box in zip(order, at, boxes, strict=True):
+    for point, text, box in zip(order, words, boxes, strict=True):
         if box:
             weight = {"font_weight": "bold"} if point in edge else {}
-            kind = "faint" if point.own_grid else "ink"
             yield _text(
-                (box.x0 + box.x1) / 2, box.y1 - 3, name, kind, text_anchor="middle",
-                font_size=SIZE, **weight,
+                (box.x0 + box.x1) / 2, box.y1 - 3, text, f"f{_class(point)} halo",
+                text_anchor="middle", font_size=SIZE, paint_order="stroke", stroke_width=4,
+                **weight,
             )  # fmt: skip
 
 
-def _label(point: Point, y: Axis) -> str:
-    """The name; with an arrow and the value where the mark is on an edge that it is beyond."""
+def _class(point: Point) -> int:
+    return list(FAMILIES).index(point.family)
+
+
+def _label(point: Point, x: Axis, y: Axis) -> str:
+    """The label; with an arrow and the value where the mark is on an edge that it is beyond."""
+    text = point.label or point.name
+    if x.share(point.x) > 1:
+        text += f" \N{RIGHTWARDS ARROW} {point.x:.0f} {x.unit}".rstrip()
     if y.log and y.share(point.y) > 1:
-        return f"{point.name} \N{UPWARDS ARROW} {y.words(point.y).partition('|')[2]}"
-    return point.name
+        text += f" \N{UPWARDS ARROW} {y.words(point.y).partition('|')[2]}"
+    return text
 
 
 def _leader(x: float, y: float, box: Box, family: int) -> Iterator[str]:
