@@ -31,7 +31,7 @@ def main() -> None:
         if key.startswith("quality "):
             write(record, args.docs)
         elif key.startswith("embeddings"):
-            fill(args.docs / PAGE, "embeddings", embeddings_table(record))
+            fill(args.docs / PAGE, "embeddings", embeddings(record))
 
 
 def write(record: dict[str, Any], docs: Path) -> None:
@@ -239,7 +239,7 @@ def conditions(record: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def embeddings_table(record: dict[str, Any]) -> str:
+def embeddings(record: dict[str, Any]) -> str:
     """Markdown, by bits per weight."""
     head = ["", "bits/weight", "mean cosine", "least cosine", "same nearest", "of nearest ten"]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
@@ -255,7 +255,10 @@ def embeddings_table(record: dict[str, Any]) -> str:
             ]
         )
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{rows}\n\n{record['sentences']} sentences of {record['text']}, the first of each page."
+    words = f"{record['sentences']} sentences of {record['text']} against each other."
+    if share := next((row["sparsity"] for row in record["rows"] if "sparsity" in row), None):
+        words += f" Sparse formats are pruned by magnitude, {share:.0%} where they leave a choice."
+    return f"{rows}\n\n{words}"
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ class LlamaScorer:
 
     @property
     def prefix_token(self) -> int | None:
-        return self.text.bos_token_id
+        bos = self.text.bos_token_id
+        return min(self.text.eos_token_ids, default=None) if bos is None else bos
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.text.encode(text, add_special=add_special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.text.decode(list(ids))
+        return self.text.decode(ids, skip_special=False, continues=True)
 
     def score(self, ids: Sequence[int]) -> Floats:
         return np.array(self.worker.ask("score", tokens=list(ids))["values"], np.float32)
@@ -53,3 +54,12 @@ class LlamaScorer:
             rows = np.fromfile(file.name, np.float32).reshape(-1, self.vocab_size)
         for at in range(0, len(rows), ROWS):
             yield rows[at : at + ROWS]
+
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """To its end: llama.cpp is asked to go on behind an end token, which ends the answer."""
+        return [self.answer(list(prompt), count) for prompt in prompts]
+
+    def answer(self, prompt: list[int], count: int) -> list[int]:
+        found = self.worker.ask("decode", prompt=prompt, count=count - 1)["tokens"]
+        ends = [i for i, token in enumerate(found) if token in self.text.eos_token_ids]
+        return found[: ends[0] + 1] if ends else found
