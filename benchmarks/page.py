@@ -186,7 +186,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [head, ["---", *["--:"] * (len(head) - 2), "---"]]
     for row in rows:
         cells = [
-            cell(("llama.cpp " if row["family"] == "llama.cpp" else "") + row["name"]),
+            cell(title(row)),
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['bits_per_weight']:.2f}",
             f"{row['perplexity']:.2f}",
@@ -198,6 +198,14 @@ def table(record: dict[str, Any]) -> str:
             cells.append("" if speed is None else f"{speed:.0f}")
         lines.append([*cells, standing(row, edges)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def title(row: dict[str, Any]) -> str:
+    """The name, the engine where it is not ours, and what became dense although it was not meant
+    to: a sparse format that does not pay is left out by `lacewing compress`."""
+    name = f"llama.cpp {row['name']}" if row["family"] == "llama.cpp" else str(row["name"])
+    dense = sum(each["tensors"] for each in row["made"].get("dense_instead", ()))
+    return f"{name} ({dense} matrices dense instead)" if dense else name
 
 
 def percent(share: float | None) -> str:

@@ -132,25 +132,27 @@ class Job:
             harness.progress(f"making {one.name}")
             start = time.perf_counter()
             try:
-                path = self.build(one)
+                path, told = self.build(one)
             except SystemExit as error:  # the others are wanted all the same
                 harness.progress(f"{one.name} cannot be made: {error}")
                 continue
             made = {"commit": harness.commit(), "seconds": round(time.perf_counter() - start, 1)}
+            if instead := told.get("dense_instead"):
+                made["dense_instead"] = instead
             if one.calibrated:
                 made |= {"data": self.args.calibration.name, "recipe": one.recipe or one.preset}
             facts = {"name": one.name, "digest": self.digest(one), "path": str(path), "made": made}
             self.store.write(one, facts | {"bytes": file_bytes(path)})
 
-    def build(self, one: Configuration) -> Path:
+    def build(self, one: Configuration) -> tuple[Path, dict[str, Any]]:
+        """Where it is, and what `lacewing compress` says of it."""
         if one.directory:
-            return Path(one.directory).resolve()
+            return Path(one.directory).resolve(), {}
         if one.kind:
-            return models.gguf(self.args.model, one.kind, self.args)
+            return models.gguf(self.args.model, one.kind, self.args), {}
         out = self.folder / one.slug
-        harness.lacewing("compress", str(self.args.model), str(out), *self.how(one), "--force",
-                         "--json")  # fmt: skip
-        return out
+        options = [*self.how(one), "--force", "--json"]
+        return out, harness.lacewing("compress", str(self.args.model), str(out), *options)
 
     def how(self, one: Configuration) -> list[str]:
         """The options of `lacewing compress`."""
