@@ -7,6 +7,8 @@ U^T U = H^-1, column j becomes its nearest value on the grid, or 0 where the mas
 
 Columns are taken in blocks, so that most of the work is a matrix product. With activation order the
 columns of large inputs come first, and scales are those of the weights before the first step.
+
+A mask may be given, or chosen block by block from weights that know of all errors before them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lacewing.compress.grid import Grid, Scales
+from lacewing.compress.masks import Choice, of_four
 from lacewing.compress.problem import Problem
+from lacewing.formats.nm import OF
 
 __all__ = ["Solution", "solve_columns"]
 
@@ -40,34 +44,46 @@ class Solution:
 
 
 def solve_columns(
-    problem: Problem, grid: Grid, mask: Tensor | None = None, act_order: bool = False
+    problem: Problem, grid: Grid, mask: Tensor | Choice | None = None, act_order: bool = False
 ) -> Solution:
-    """mask: bool `[n, k]`, True for the weights that stay; None: all."""
-    w = problem.weight.clone()
+    """mask: bool `[n, k]`, True for the weights that stay; or how to choose it; None: all."""
+    w = problem.weight
     k = w.shape[1]
+    if act_order:
+        order = torch.argsort(problem.diagonal, descending=True, stable=True)
+        upper = problem.ordered_factor(order)
+        if isinstance(mask, Choice) and of_four(mask.format):  # neighbours are so in one order only
+            mask = mask.choose(w, problem.inverse_factor)
+    else:
+        order, upper = torch.arange(k), problem.inverse_factor
+    inverse = torch.argsort(order)
+    choice = mask if isinstance(mask, Choice) else None
+    fours = choice if choice is not None and of_four(choice.format) else None
+    w = w[:, order]
+    kept = _first_mask(mask, w, upper, order)
     size = grid.group_size(k)
     importance = problem.diagonal
     scales: list[Scales | None] = [None] * -(-k // size)
     if act_order or size == k:
-        scales = [_fit(grid, w, mask, importance, g, size) for g in range(len(scales))]
-    if act_order:
-        order = torch.argsort(problem.diagonal, descending=True, stable=True)
-        upper = _ordered(problem, order)
-    else:
-        order, upper = torch.arange(k), problem.inverse_factor
-    inverse = torch.argsort(order)
-    w = w[:, order]
-    kept = None if mask is None else mask[:, order]
+        natural = None if kept is None else kept[:, inverse]
+        scales = [
+            _fit(grid, problem.weight, natural, importance, g, size) for g in range(len(scales))
+        ]
     groups = (order // size).tolist()
     levels = torch.empty_like(w)
     for begin in range(0, k, _BLOCK):
         end = min(begin + _BLOCK, k)
         block, u = w[:, begin:end], upper[begin:end, begin:end]
         errors = torch.empty_like(block)
+        if choice is not None and kept is not None:
+            kept[:, begin:end] = choice.choose(block, u, begin)
         for j in range(end - begin):
+            if fours and kept is not None and j % OF == 0:
+                four = slice(j, j + OF)
+                kept[:, begin:end][:, four] = fours.choose(block[:, four], u[four, four])
             g = groups[begin + j]
             if scales[g] is None:
-                scales[g] = _fit(grid, w, mask, importance, g, size)
+                scales[g] = _fit(grid, w, kept, importance, g, size)
             found = scales[g]
             assert found is not None
             column = block[:, j]
@@ -85,6 +101,15 @@ def solve_columns(
     return Solution(grid, levels[:, inverse], [_known(s) for s in scales])
 
 
+def _first_mask(
+    mask: Tensor | Choice | None, w: Tensor, upper: Tensor, order: Tensor
+) -> Tensor | None:
+    """Of the columns in `order`: the mask, or what would be chosen of the weights as they are."""
+    if isinstance(mask, Choice):
+        return mask.choose(w, upper)
+    return None if mask is None else mask[:, order]
+
+
 def _fit(
     grid: Grid, w: Tensor, mask: Tensor | None, importance: Tensor, g: int, size: int
 ) -> Scales:
@@ -93,12 +118,6 @@ def _fit(
     if mask is None:
         return grid.fit(w[:, part], weight)
     return grid.fit(w[:, part] * mask[:, part], weight * mask[:, part])
-
-
-def _ordered(problem: Problem, order: Tensor) -> Tensor:
-    """The inverse factor of the Hessian with its inputs in `order`."""
-    h = problem.damped[order][:, order]
-    return Problem(problem.name, problem.weight, h, problem.tokens).inverse_factor
 
 
 def _known(scales: Scales | None) -> Scales:

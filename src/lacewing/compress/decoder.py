@@ -162,7 +162,7 @@ class Decoder:
     def tensor(self, name: str) -> Tensor:
         """One tensor in f32, in memory of its own."""
         found = self.source.tensors[name]
-        values = torch.from_numpy(found.dequantize()).clone()
+        values = torch.tensor(found.dequantize())
         found.release()
         return values
 

@@ -13,15 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lacewing.formats import ROW, Codes, Format
+from lacewing.formats import Codes, Format
+from lacewing.formats.base import ROW
 from lacewing.formats.scales import to_f16
 
 __all__ = ["Grid", "Scales"]
 
-_RATIOS = {1: (0.25, 1.0), 2: (0.5, 1.1), 3: (0.6, 1.1), 4: (0.65, 1.1), 5: (0.75, 1.1), 8: (0.92, 1.03)}
-"""By bits (1: ternary), the range of scales searched, over the one that sends the extreme to the last
-level."""
+_RATIOS = {1: (0.25, 1.0), 2: (0.5, 1.1), 3: (0.6, 1.1), 4: (0.65, 1.1), 8: (0.97, 1.05)}
+"""By bits (1: ternary), the range of scales searched, over the one that sends the extreme to the
+last level. That one itself is a candidate too: weights that are on a grid are found again."""
 _CANDIDATES = 12
+_ENDS = (
+    *((0, 0), (0, -1), (1, 0), (1, -1), (0, 0.5), (-0.5, 0), (-0.5, 0.5), (0, 1), (-1, 0)),
+    *((-1, 1), (-1.5, 1.5), (-2, 2)),
+)
+"""Asymmetric: the levels to which the least and the largest weight are sent, from the first and
+from the last level. (0, 0) is one of them, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Grid:
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Scales:
         """Scales for one group `[n, g]` that leave the least error `sum importance * (w - w')^2`
-        among a dozen candidates, each refitted by least squares. importance: `[g]` or `[n, g]`,
+        among some dozen candidates, each refitted by least squares. importance: `[g]` or `[n, g]`,
         not negative."""
         if not self.scaled:
             return Scales()
@@ -111,7 +118,7 @@ class Grid:
         best = torch.zeros_like(extreme)
         first, last = _RATIOS[1 if self.high == 1 else self.format.weight_bits]
         for end in {self.low, self.high}:
-            for ratio in torch.linspace(first, last, _CANDIDATES // 2).tolist():
+            for ratio in (1.0, *torch.linspace(first, last, _CANDIDATES // 2).tolist()):
                 scale = half(extreme / end * ratio)
                 level = self.levels(w, Scales(scale))
                 weighted = weight * level
@@ -124,16 +131,19 @@ class Grid:
         return Scales(best)
 
     def _fit_line(self, w: Tensor, weight: Tensor) -> Scales:
-        """A range a little wider or narrower than max - min, then the least-squares line."""
+        """A range a little wider or narrower than max - min, then the least-squares line.
+
+        A base in f16 may be off by many steps, where weights are large and nearly equal: it is
+        rounded down, and the scale reaches from there."""
         low, high = w.amin(1), w.amax(1)
         least = torch.full_like(low, torch.inf)
-        best, base = torch.zeros_like(low), half(low)
-        total = weight.sum(1)
-        for ratio in torch.linspace(0.8, 1.02, _CANDIDATES).tolist():
-            middle, reach = (low + high) / 2, (high - low) / 2 * ratio
-            found = Scales(half(2 * reach / self.high), half(middle - reach))
+        best, base = torch.zeros_like(low), torch.zeros_like(low)
+        for first, beyond in _ENDS:
+            step = (high - low) / (self.high + beyond - first)
+            start = _floor_half(low - first * step)
+            found = Scales(half((high - beyond * step - start) / self.high), start)
             level = self.levels(w, found)
-            found = _line(w, level, weight, total, found)
+            found = _line(w, level, weight, found)
             error = (weight * (w - self.values(level, found)).square()).sum(1)
             better = error < least
             least = torch.where(better, error, least)
@@ -147,14 +157,25 @@ def half(values: Tensor) -> Tensor:
     return torch.from_numpy(to_f16(values.numpy()).astype(np.float32))
 
 
-def _line(w: Tensor, level: Tensor, weight: Tensor, total: Tensor, start: Scales) -> Scales:
-    """Least squares for scale and base of given levels; `start` where they do not determine it."""
+def _floor_half(values: Tensor) -> Tensor:
+    """The largest f16 not above `values`; f32."""
+    near = values.half()
+    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
+    return torch.where(near.float() > values, below, near).float()
+
+
+def _line(w: Tensor, level: Tensor, weight: Tensor, start: Scales) -> Scales:
+    """Least squares for scale and base of given levels, `start` where all are the same; then for
+    the scale given the base as f16 has it."""
+    total = weight.sum(1)
     x, y = (weight * level).sum(1) / total, (weight * w).sum(1) / total
     centred = level - x[:, None]
-    scale = (weight * centred * w).sum(1) / (weight * centred * centred).sum(1)
-    scale = torch.where(scale.isfinite(), scale, _of(start.scale))
-    base = torch.where(scale.isfinite(), y - scale * x, _of(start.base))
-    return Scales(half(scale), half(base))
+    spread = (weight * centred * centred).sum(1)
+    scale = (weight * centred * w).sum(1) / spread
+    base = torch.where(spread > 1e-9 * total, half(y - scale * x), _of(start.base))
+    above = weight * level
+    fit = (above * (w - base[:, None])).sum(1) / (above * level).sum(1)
+    return Scales(half(torch.where(fit.isfinite(), fit, _of(start.scale))), base)
 
 
 def _of(values: Tensor | None) -> Tensor:

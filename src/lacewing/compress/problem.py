@@ -58,7 +58,14 @@ class Problem:
 
         Raises RecipeError, naming the layer, if it does not exist even then.
         """
-        h = self.damped.double()
+        return self._factor(self.damped)
+
+    def ordered_factor(self, order: Tensor) -> Tensor:
+        """`inverse_factor` of the inputs in `order`, `[k]` indices."""
+        return self._factor(self.damped[order][:, order])
+
+    def _factor(self, damped: Tensor) -> Tensor:
+        h = damped.double()
         mean = h.diagonal().mean()
         for extra in (0.0, 0.1, 1.0, 10.0):
             h.diagonal().add_(extra * mean)

@@ -1,0 +1,445 @@
+"""Healing: the compressed model learns from the dense one, with masks and grids as they are.
+
+Every step makes W' of all masters, runs a few windows of text through the student, compares its
+next-token distributions with those of the dense model (`divergence.py`), and moves the masters
+along the straight-through gradient (`master.py`). The dense model reads every window once; its
+hidden states wait on disk. Embedding and head stay as they are.
+
+The directory `OUT.work` holds the state of an unfinished run, and goes away when OUT is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lacewing.checkpoint import Source
+from lacewing.checkpoint.files import new_directory, parse_json
+from lacewing.checkpoint.interrupts import uninterrupted
+from lacewing.checkpoint.manifest import MANIFEST, PackedSource
+from lacewing.compress import savepoint
+from lacewing.compress.columns import Solution
+from lacewing.compress.divergence import divergence
+from lacewing.compress.master import LowRank, Master, Trainer
+from lacewing.compress.rewrite import Packed, rewrite
+from lacewing.compress.student import Student
+from lacewing.compress.teacher import Teacher
+from lacewing.errors import RecipeError
+from lacewing.formats import PackedTensor
+
+__all__ = ["Healed", "Healing", "Progress", "heal_windows"]
+
+Progress = Callable[[float, str], None]
+"""Called after every step: the share of the work that is done, and a line that says how it goes."""
+
+_LOOKS = 4
+"""How often the held-out windows are looked at, after the first time."""
+_SAVE_EVERY = 180.0
+"""Seconds."""
+_BATCH = 1 << 10
+"""Tokens that go through the student at once; a step adds up the gradients of several such."""
+_WARM_UP = 0.05
+"""Share of the work in which the rate rises."""
+_RUN, _STATE, _BEST = "run", "state.safetensors", "best.safetensors"
+"""Files of `OUT.work`, beside those of the teacher."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to heal. steps: as many, bit-reproducible for one number of threads; or minutes: as long,
+    all but the packing included, and no two runs are alike.
+
+    rate: of Adam, in shares of the root mean square of each tensor; rises, then falls to zero along
+    a cosine. tokens: of one step. lora_rank: None trains every weight. learn_scales: scales,
+    rounded to f16, are trained with the weights. mix: share of cross-entropy on the text in the
+    loss. held_out: windows that are not trained on, and judge. bf16: whether matrix products run in
+    bf16, twice as fast and more where the CPU has instructions for it; masters are f32 either way.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    rate: float = 2e-3
+    tokens: int = 2048
+    lora_rank: int | None = None
+    learn_scales: bool = True
+    mix: float = 0.0
+    seed: int = 0
+    held_out: int = 8
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise RecipeError("healing needs either `steps` or `minutes`, got both or neither")
+        for name, low, high in (
+            ("steps", 1, 10**9),
+            ("minutes", 0, 10**6),
+            ("rate", 0, 1),
+            ("tokens", 1, 10**9),
+            ("lora_rank", 1, 10**5),
+            ("mix", 0, 1),
+            ("held_out", 1, 10**6),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise RecipeError(f"`{name}` must be from {low} to {high}, got {value}")
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing did. before, after: KL to the dense model on held-out windows, nats per token;
+    equal, with the model as it was, where healing did not help. history: (step, seconds, KL) of
+    every look at them."""
+
+    before: float
+    after: float
+    steps_done: int
+    tokens_seen: int
+    seconds: float
+    history: tuple[tuple[int, float, float], ...]
+
+    @property
+    def helped(self) -> bool:
+        return self.after < self.before
+
+
+def heal_windows(
+    compressed: PackedSource,
+    dense: Source,
+    out: Path,
+    windows: Tensor,
+    healing: Healing,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """Distils `dense` into `compressed` on `windows` of tokens, int64 `[count, T]`, into the new
+    packed directory `out`, which appears complete or not at all.
+
+    A run that was interrupted or killed goes on from what it saved in `OUT.work`, if it is started
+    again with the same arguments; the rate alone may be another one. With steps the result is then
+    the same, bit for bit.
+
+    Raises RecipeError (models that do not belong together, data of another tokenizer or too little
+    of it, divergence), CheckpointError (out exists or cannot be written, a damaged file).
+    """
+    _check_pair(compressed, dense)
+    _check_windows(windows, compressed, healing)
+    work = out.with_name(f"{out.name}.work")
+    identity = _identity(compressed, dense, windows, healing)
+    with new_directory(out, MANIFEST, force) as place, _workplace(work, identity):
+        run = _Run(compressed, dense, windows, healing, work, progress)
+        run.train()
+        found = run.best()
+        replaced = run.packed() if found.helped else {}
+        rewrite(compressed, place, replaced, {"healed": _notes(dense, windows, healing, found)})
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def _notes(dense: Source, windows: Tensor, healing: Healing, found: Healed) -> dict[str, Any]:
+    """What the manifest says of it."""
+    text = {"windows": len(windows), "window": windows.shape[1]}
+    return {"dense": dense.path.name, **text, **asdict(healing), **asdict(found)}
+
+
+class _Run:
+    def __init__(
+        self,
+        compressed: PackedSource,
+        dense: Source,
+        windows: Tensor,
+        healing: Healing,
+        work: Path,
+        progress: Progress | None,
+    ) -> None:
+        self.began = time.monotonic()
+        self.healing, self.work, self.progress = healing, work, progress
+        dtype = torch.bfloat16 if healing.bf16 else torch.float32
+        self.source = compressed
+        self.windows = windows[_shuffled(len(windows), healing.seed)]
+        self.held_out = healing.held_out  # the first ones
+        self.trained = len(windows) - self.held_out
+        self.teacher = Teacher(dense, self.windows, work, dtype)
+        self.student = Student(compressed, dense, self._master, dtype)
+        self.trainer = Trainer(self.student.masters, self.student.norms().values())
+        self.per_step = max(1, healing.tokens // windows.shape[1])
+        self.order = (0, torch.arange(self.trained))
+        self.step, self.spent = 0, 0.0
+        self.history: list[tuple[int, float, float]] = []
+        self._resume()
+        self.student.write()
+        self.saved = time.monotonic()
+
+    def _master(self, solution: Solution, near: Tensor | None, index: int) -> Master:
+        rank, scales = self.healing.lora_rank, self.healing.learn_scales
+        if rank is None:
+            return Master(solution, near=near, learn_scales=scales)
+        return LowRank(solution, rank, self.healing.seed + index, near=near, learn_scales=scales)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        try:
+            if not self.history:
+                self._look()
+            while self._share() < 1:
+                self._advance()
+                if self._share() * _LOOKS >= len(self.history):
+                    self._look()
+                if time.monotonic() - self.saved > _SAVE_EVERY:
+                    self._save()
+        except KeyboardInterrupt:
+            self._save()
+            raise
+
+    def _share(self) -> float:
+        """How much of the work is done. The last look at held-out windows belongs to the time."""
+        if self.healing.steps is not None:
+            return self.step / self.healing.steps
+        assert self.healing.minutes is not None
+        looking = self.look_seconds if len(self.history) <= _LOOKS else 0.0
+        return self._seconds() / max(1e-9, 60 * self.healing.minutes - looking)
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began
+
+    def _advance(self) -> None:
+        loss = self._gradients()
+        with uninterrupted():
+            norm = self.trainer.step(self.healing.rate * _schedule(self._share()))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._diverged()
+            self.student.write()
+            self.step += 1
+        self._tell(f"KL {loss:.4f}")
+
+    def _gradients(self) -> float:
+        """Adds up the gradients of a step; returns its loss."""
+        picked = self._picked()
+        total = 0.0
+        for part in picked.split(max(1, _BATCH // self.windows.shape[1])):
+            loss = self._loss(part, self.healing.mix) * (len(part) / len(picked))
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _loss(self, picked: Tensor, mix: float) -> Tensor:
+        ids = self.windows[picked]
+        target = self.teacher.hidden(picked).flatten(0, 1)
+        hidden = self.student.hidden(ids).flatten(0, 1)
+        following = F.pad(ids[:, 1:], (0, 1), value=-1).flatten()
+        heads = self.student.head, self.teacher.head
+        return divergence(hidden, heads[0], target, heads[1], following, mix)
+
+    def _picked(self) -> Tensor:
+        """The windows of this step: every one once, then every one again in another order."""
+        first = self.step * self.per_step
+        places = [divmod(first + j, self.trained) for j in range(self.per_step)]
+        return torch.stack([self._order_of(epoch)[i] for epoch, i in places]) + self.held_out
+
+    def _order_of(self, epoch: int) -> Tensor:
+        if self.order[0] != epoch:
+            self.order = (epoch, _shuffled(self.trained, self.healing.seed + epoch))
+        return self.order[1]
+
+    def _look(self) -> None:
+        """KL on the held-out windows, and what is trained put aside if it is the best so far."""
+        begin = time.monotonic()
+        with torch.no_grad():
+            each = [self._loss(i, 0.0).item() for i in torch.arange(self.held_out).split(1)]
+        found = sum(each) / len(each)
+        if not math.isfinite(found):
+            raise self._diverged()
+        if self.history and found < min(loss for _, _, loss in self.history):
+            savepoint.save(self.work / _BEST, self._trained_tensors(), {"step": self.step})
+        self.history.append((self.step, round(self._seconds(), 1), found))
+        self.look_seconds = time.monotonic() - begin
+        self._tell("")
+
+    def _tell(self, text: str) -> None:
+        if self.progress is not None:
+            rate = self.tokens() / max(1e-9, self._seconds())
+            line = (
+                f"step {self.step} {text} held out {self.history[-1][2]:.4f}, {rate:.0f} tokens/s"
+            )
+            self.progress(min(1.0, self._share()), line)
+
+    def tokens(self) -> int:
+        """Tokens trained on, those of windows met again included."""
+        return self.step * self.per_step * self.windows.shape[1]
+
+    def _diverged(self) -> RecipeError:
+        rate = self.healing.rate
+        return RecipeError(
+            f"healing diverged: needs a finite loss, got none in step {self.step} at rate {rate:g}",
+            hint=f"run it again with a rate of {rate / 3:.1g}: it goes on from the state saved in"
+            f" {self.work}, or begins anew if you delete that",
+        )
+
+    # -- results and state ------------------------------------------------------------------------
+
+    def best(self) -> Healed:
+        """What was reached, with the best of all looks in the masters and norms."""
+        losses = [loss for _, _, loss in self.history]
+        least = min(losses)
+        if least < losses[0] and least != losses[-1]:
+            savepoint.load(self.work / _BEST, self._trained_tensors())
+        seconds = round(self._seconds(), 1)
+        found = tuple(self.history)
+        return Healed(losses[0], least, self.step, self.tokens(), seconds, found)
+
+    def packed(self) -> dict[str, Callable[[], Packed]]:
+        """What replaces tensors of the compressed model."""
+
+        def weight(master: Master) -> Packed:
+            solution = master.solution()
+            codes = solution.grid.codes(solution.levels, solution.scales)
+            return solution.grid.format.pack(codes)
+
+        def vector(norm: Tensor) -> Packed:
+            values: Packed = norm.detach().numpy()
+            return values
+
+        masters, norms = self.student.masters.items(), self.student.norms().items()
+        return {name: partial(weight, master) for name, master in masters} | {
+            name: partial(vector, norm) for name, norm in norms
+        }
+
+    def _trained_tensors(self) -> list[Tensor]:
+        return self.trainer.parameters
+
+    def _save(self) -> None:
+        tensors = [*self.trainer.parameters, *self.trainer.moments()]
+        facts = {"step": self.step, "seconds": self._seconds(), "history": self.history}
+        savepoint.save(self.work / _STATE, tensors, facts)
+        self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        path = self.work / _STATE
+        if not path.exists():
+            return
+        tensors = [*self.trainer.parameters, *self.trainer.moments()]
+        facts = savepoint.load(path, tensors)
+        self.step, self.spent = facts["step"], facts["seconds"]
+        self.history = [(step, seconds, loss) for step, seconds, loss in facts["history"]]
+        self.trainer.count(self.step)
+
+
+def _schedule(share: float) -> float:
+    """The rate, as a share of the largest: up along a line, down to zero along a cosine."""
+    if share < _WARM_UP:
+        return share / _WARM_UP + 0.01
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP))))
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+# -- what is checked before ---------------------------------------------------------------------
+
+
+def _check_pair(compressed: Source, dense: Source) -> None:
+    """Whether the two are one model, before and after compression."""
+    if not isinstance(compressed, PackedSource):
+        raise RecipeError(
+            f"{compressed.path}: healing needs a packed directory, got a {compressed.kind} model",
+            hint="compress it first: `lacewing compress`",
+        )
+    ours, theirs = compressed.spec.tensor_shapes(), dense.spec.tensor_shapes()
+    if ours != theirs:
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise RecipeError(
+            f"{dense.path}: needs `{name}` of shape {_listed(ours.get(name))} as in"
+            f" {compressed.path}, got {_listed(theirs.get(name))}",
+            hint="name the model that was compressed as the dense one",
+        )
+    if _vocabulary(compressed) != _vocabulary(dense):
+        raise RecipeError(
+            f"{dense.path}: needs the vocabulary of {compressed.path}, got another one",
+            hint="name the model that was compressed as the dense one",
+        )
+
+
+def _listed(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _vocabulary(source: Source) -> Any:
+    """Tokens and their ids, as the tokenizers of one model have them in all kinds of files."""
+    return (
+        parse_json(source.tokenizer.tokenizer_json, str(source.path)).get("model", {}).get("vocab")
+    )
+
+
+def _check_windows(windows: Tensor, source: Source, healing: Healing) -> None:
+    if windows.dim() != 2 or windows.dtype != torch.int64 or windows.shape[1] < 2:
+        raise RecipeError(
+            f"windows must be int64 [count, tokens >= 2], got {windows.dtype} {list(windows.shape)}"
+        )
+    if len(windows) <= healing.held_out:
+        raise RecipeError(
+            f"healing needs more windows than the {healing.held_out} held out, got {len(windows)}",
+            hint="give more text, or shorter windows",
+        )
+    if windows.shape[1] > source.spec.max_context:
+        raise RecipeError(
+            f"windows of {windows.shape[1]} tokens: the model has a context of"
+            f" {source.spec.max_context}"
+        )
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= source.spec.vocab_size:
+        raise RecipeError(
+            f"windows need token ids from 0 to {source.spec.vocab_size - 1}, got"
+            f" {low if low < 0 else high}",
+            hint="the text was cut by the tokenizer of another model",
+        )
+
+
+@contextmanager
+def _workplace(work: Path, identity: str) -> Iterator[None]:
+    """The directory of an unfinished run, for one process at a time, and for one run."""
+    work.mkdir(exist_ok=True)
+    with (work / _RUN).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{work}: another process is healing there") from None
+        file.seek(0)
+        found = file.read()
+        if found not in ("", identity):
+            raise RecipeError(
+                f"{work}: needs the arguments of the run that was interrupted there, got others",
+                hint="repeat that run, or delete the directory to begin anew",
+            )
+        if not found:
+            file.write(identity)
+            file.flush()
+        yield
+
+
+def _identity(compressed: PackedSource, dense: Source, windows: Tensor, healing: Healing) -> str:
+    """What an interrupted run must have been given to go on: all but the rate."""
+    told = {key: value for key, value in asdict(healing).items() if key != "rate"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest.update(windows.contiguous().numpy())
+    for value in compressed.values.values():
+        for part in value.parts.values() if isinstance(value, PackedTensor) else (value,):
+            digest.update(part)
+    first = dense.tensors["model.layers.0.self_attn.q_proj.weight"]
+    digest.update(first.dequantize())
+    return digest.hexdigest()

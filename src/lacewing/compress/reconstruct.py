@@ -1,0 +1,182 @@
+"""Reconstruction: gradient descent on the output of one block, after its layers were compressed.
+
+What a solver minimises layer by layer is minimised here for the seven layers of a block together,
+with masks and grids kept (`master.py`), as in BRECQ (arXiv:2102.05426):
+
+    loss = mean over tokens of |block(x) - y|^2 / |y|^2
+
+x is what the block reads in the compressed model, y what it returns in the dense one. The error of
+a token counts relative to its length because the next layer's norm divides by it; without that, a
+handful of tokens a hundred times as long as the others would be all that is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lacewing.compress.columns import Solution
+from lacewing.compress.decoder import Block
+from lacewing.compress.master import Master, Trainer
+from lacewing.errors import RecipeError
+
+__all__ = ["Reconstruction", "reconstruct"]
+
+_HELD_OUT = 8
+"""One of so many windows is not trained on, and judges."""
+_LOOKS = 8
+"""How often the held-out windows are looked at."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What became of a block. before and after: the loss on the held-out windows; equal, with the
+    solutions as they were, where descent did not help."""
+
+    solutions: dict[str, Solution]
+    norms: dict[str, Tensor]
+    """Weights of norms by name, such as `input_layernorm`; empty unless they were trained."""
+    before: float
+    after: float
+
+    @property
+    def helped(self) -> bool:
+        return self.after < self.before
+
+
+def reconstruct(
+    block: Block,
+    solutions: Mapping[str, Solution],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    steps: int,
+    rate: float = 2e-3,
+    seed: int = 0,
+    masks: Mapping[str, Tensor | None] | None = None,
+    near: Mapping[str, Tensor] | None = None,
+    learn_scales: bool = True,
+    train_norms: bool = False,
+    batch: int = 2,
+) -> Reconstruction:
+    """Solutions of the layers of `block`, with the same masks and grids, of a smaller error; never
+    of a larger one, judged on held-out windows. Leaves them in the weights of the block.
+
+    solutions: by name, such as `mlp.down_proj`; layers without one stay as they are. inputs,
+    targets: f32 `[windows, tokens, hidden_size]`, x and y above. rate: of Adam, in shares of the
+    root mean square of each weight, falling to zero along a cosine. masks: see `Master`. near: the
+    original weights, see `Master`. batch: windows of one step.
+
+    Bit-reproducible for one number of threads. Raises RecipeError for fewer than two windows, and
+    if descent diverges.
+    """
+    if len(inputs) < 2:
+        raise RecipeError(
+            f"block {block.index}: reconstruction needs at least 2 windows, got {len(inputs)}",
+            hint="calibrate on more text, or in shorter windows",
+        )
+    masters = {
+        name: Master(solution, (masks or {}).get(name), (near or {}).get(name), learn_scales)
+        for name, solution in solutions.items()
+    }
+    norms = dict(_norms(block)) if train_norms else {}
+    run = _Descent(block, masters, norms, inputs, targets)
+    run.descend(steps, rate, seed, batch)
+    return run.finish(solutions)
+
+
+class _Descent:
+    def __init__(
+        self,
+        block: Block,
+        masters: dict[str, Master],
+        norms: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+    ) -> None:
+        self.block, self.masters, self.norms = block, masters, norms
+        self.inputs, self.targets = inputs, targets
+        self.trained = len(inputs) - max(1, len(inputs) // _HELD_OUT)
+        block.requires_grad_(False)
+        for norm in norms.values():
+            norm.requires_grad_(True)
+        self.trainer = Trainer(masters, norms.values())
+        self._write()
+        self.before = self.after = self._judge()
+        self.best: dict[str, Solution] = {}
+        self.best_norms = {name: norm.detach().clone() for name, norm in norms.items()}
+
+    def descend(self, steps: int, rate: float, seed: int, batch: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        looks = {-(-steps * i // _LOOKS) for i in range(1, _LOOKS + 1)}
+        for step in range(steps):
+            picked = torch.randperm(self.trained, generator=generator)[:batch]
+            self._accumulate(picked)
+            warm = min(1.0, (step + 1) / max(1, steps // 10))
+            fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+            norm = self.trainer.step(rate * warm * fall)
+            if not math.isfinite(norm):
+                raise _diverged(self.block.index, step, rate)
+            self._write()
+            if step + 1 in looks:
+                self._look()
+
+    def finish(self, solutions: Mapping[str, Solution]) -> Reconstruction:
+        found = self.best or dict(solutions)
+        for name, solution in found.items():
+            self.block.linear(name).weight.data = solution.values()
+        for name, norm in self.norms.items():
+            norm.data = self.best_norms[name]
+        self.block.requires_grad_(False)
+        return Reconstruction(found, self.best_norms, self.before, self.after)
+
+    def _accumulate(self, picked: Tensor) -> None:
+        """Gradients of the loss of the windows `picked`."""
+        weights = {name: self.block.linear(name).weight for name in self.masters}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        self._loss(self.inputs[picked], self.targets[picked]).backward()
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            self.masters[name].take(weight.grad)
+            weight.grad = None
+            weight.requires_grad_(False)
+
+    def _write(self) -> None:
+        for name, master in self.masters.items():
+            master.write(self.block.linear(name).weight.data)
+
+    def _look(self) -> None:
+        loss = self._judge()
+        if loss < self.after:
+            self.after = loss
+            self.best = {name: master.solution() for name, master in self.masters.items()}
+            self.best_norms = {name: norm.detach().clone() for name, norm in self.norms.items()}
+
+    def _judge(self) -> float:
+        """The loss on the held-out windows, one by one."""
+        held = range(self.trained, len(self.inputs))
+        with torch.no_grad():
+            losses = [self._loss(self.inputs[i : i + 1], self.targets[i : i + 1]) for i in held]
+        return float(torch.stack(losses).mean())
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        lost = (self.block(x) - y).square().sum(-1)
+        length: Tensor = y.square().sum(-1)
+        return (lost / (length + 1e-6 * length.mean())).mean()
+
+
+def _norms(block: Block) -> list[tuple[str, Tensor]]:
+    return [(name.replace("/", "."), norm) for name, norm in block.norms.items()]
+
+
+def _diverged(index: int, step: int, rate: float) -> RecipeError:
+    return RecipeError(
+        f"block {index}: reconstruction needs a finite gradient, got none in step {step} at rate"
+        f" {rate:g}",
+        hint="lower the rate of `reconstruct`",
+    )

@@ -1,0 +1,105 @@
+"""A compressed decoder in training: plain layers that hold what its masters stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lacewing.checkpoint.manifest import PackedSource
+from lacewing.checkpoint.tensors import Source
+from lacewing.compress.columns import Solution
+from lacewing.compress.decoder import STAGES, Block, Decoder, rms_norm
+from lacewing.compress.divergence import Head
+from lacewing.compress.master import Master, solution_of
+from lacewing.compress.teacher import hold
+from lacewing.formats import PackedTensor
+
+__all__ = ["Student"]
+
+_FAR = 0.5
+"""Share of a weight's square beyond which the dense one is taken for another: scales were folded
+into it, or its inputs stand in another order."""
+
+Make = Callable[[Solution, "Tensor | None", int], Master]
+"""From a solution, the original weight if there is one, and the number of the layer."""
+
+
+class Student:
+    """All blocks of a packed model at once, with a master for every layer that is packed.
+
+    Weights of the layers are leaves in `dtype`; when `backward` is done with one, its gradient has
+    gone to its master and is dropped. Embedding and head stay as they are; norms, f32, are trained.
+    """
+
+    def __init__(self, source: PackedSource, dense: Source, make: Make, dtype: torch.dtype) -> None:
+        self.spec, self.dtype = source.spec, dtype
+        decoder, original = Decoder(source), Decoder(dense)
+        self._embedding = decoder.embedding()
+        norm, head = decoder.head()
+        self._norm = nn.Parameter(norm)
+        self.head = Head(head.to(dtype), self.spec.logit_softcap)
+        self.blocks: list[Block] = []
+        self.masters: dict[str, Master] = {}
+        for index in range(self.spec.n_layers):
+            block = hold(decoder.block(index), dtype)
+            for name in (layer for stage in STAGES for layer in stage):
+                full = f"model.layers.{index}.{name}.weight"
+                packed = source.values[full]
+                assert isinstance(packed, PackedTensor)
+                solution = solution_of(packed)
+                near = _near(solution, original.tensor(full))
+                master = make(solution, near, len(self.masters))
+                self.masters[full] = master
+                _connect(block.linear(name).weight, master)
+            self.blocks.append(block)
+        for parameter in self.norms().values():
+            parameter.requires_grad_(True)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Weights of all norms by their Hugging Face names."""
+        found = {
+            f"model.layers.{block.index}.{name.replace('/', '.')}.weight": norm
+            for block in self.blocks
+            for name, norm in block.norms.items()
+        }
+        return found | {"model.norm.weight": self._norm}
+
+    def write(self) -> None:
+        """Brings the layers up to date with their masters."""
+        for name, weight in self._weights():
+            self.masters[name].write(weight.data)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """f32 `[windows, T, hidden_size]` after the last norm, of tokens `[windows, T]`."""
+        x = nn.functional.embedding(ids, self._embedding) * self.spec.embedding_scale
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            for block in self.blocks:
+                x = block(x)
+        return rms_norm(x, self._norm, self.spec.norm_eps)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for block in self.blocks:
+            for name in (layer for stage in STAGES for layer in stage):
+                yield f"model.layers.{block.index}.{name}.weight", block.linear(name).weight
+
+
+def _connect(weight: Tensor, master: Master) -> None:
+    """Sends the gradient of `weight` to its master as soon as it is whole."""
+
+    def send(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        master.take(parameter.grad)
+        parameter.grad = None
+
+    weight.requires_grad_(True)
+    weight.register_post_accumulate_grad_hook(send)
+
+
+def _near(solution: Solution, original: Tensor) -> Tensor | None:
+    """The original weight, unless it is another one than that which was compressed."""
+    values = solution.values()
+    kept = original * (values != 0)
+    far = (kept - values).square().sum() > _FAR * values.square().sum()
+    return None if far else original

@@ -1,0 +1,35 @@
+"""What a layer should aim at, when what it reads is no longer what the dense model reads.
+
+Layers before it are compressed already: it is given x' in place of x. The outputs it should have are
+W x, and for a layer that writes to the residual stream also what the stream has lost, r - r'. So
+
+    minimise  |W* x' - W x - (r - r')|^2   =>   W* = W + (W C + R) H^-1
+
+with H = mean x' x'^T, C = mean (x - x') x'^T, R = mean (r - r') x'^T, all over the calibration
+tokens; then W* takes the place of W. The first part is the asymmetric calibration of GPTAQ
+(arXiv:2504.02692); the second lets o and down make up for errors of the stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lacewing.compress.problem import Problem
+
+__all__ = ["corrected"]
+
+
+def corrected(
+    problem: Problem, lost: Tensor, stream: Tensor | None = None, share: float = 1.0
+) -> Problem:
+    """The problem with W* in place of W.
+
+    lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share: how
+    much of the correction is made; all of it fits the calibration text best, and others less.
+    """
+    moved = problem.weight @ lost
+    if stream is not None:
+        moved = moved + stream
+    step = torch.linalg.solve(problem.damped.double(), moved.double().t()).t().float()
+    return Problem(problem.name, problem.weight + share * step, problem.hessian, problem.tokens)

@@ -1,0 +1,169 @@
+"""The papers' formulas in float64 numpy, one column at a time, written to be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lacewing.compress.grid import Grid, Scales
+from lacewing.compress.problem import DAMPING, Problem
+from lacewing.formats import get_format
+
+
+def inputs(tokens, k, seed=0):
+    """Correlated inputs of unlike size, f64 `[tokens, k]`."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((tokens, max(2, k // 3)))
+    x = hidden @ rng.standard_normal((hidden.shape[1], k)) / np.sqrt(hidden.shape[1])
+    return (x + 0.5 * rng.standard_normal((tokens, k))) * np.exp(0.5 * rng.standard_normal(k))
+
+
+def problem(n, k, seed=0, tokens=None, x=None):
+    """A layer and what calibration knows of it."""
+    rng = np.random.default_rng(seed + 100)
+    x = inputs(tokens or 4 * k, k, seed) if x is None else x
+    weight = rng.standard_normal((n, k)) / np.sqrt(k)
+    hessian = x.T @ x / len(x)
+    as_f32 = [torch.from_numpy(a.astype(np.float32)) for a in (weight, hessian)]
+    return Problem("layer", *as_f32, len(x))
+
+
+def damped(p):
+    """GPTQ's damping, and a 1 on the diagonal for inputs that never were anything but zero."""
+    h = p.hessian.double().numpy().copy()
+    mean = np.diag(h).mean()
+    dead = np.diag(h) == 0
+    h += DAMPING * mean * np.eye(len(h))
+    h[dead, dead] = mean or 1.0
+    return h
+
+
+def error(p, weight):
+    """Mean squared error of the outputs over the tokens, as tr(E H E^T)."""
+    e = np.asarray(weight, np.float64) - p.weight.double().numpy()
+    return np.trace(e @ p.hessian.double().numpy() @ e.T)
+
+
+class Sweep:
+    """Optimal brain surgeon: fix one input after the other, and after each move the inputs that
+    are left to where they make up for its error (OBQ, arXiv:2208.11580, with one order for all
+    rows as in GPTQ).
+
+    The inverse of the Hessian of the inputs that are left is taken anew at every step.
+    """
+
+    def __init__(self, p, name, order):
+        self.w = p.weight.double().numpy().copy()
+        self.h, self.order = damped(p), list(order)
+        self.importance = np.diag(self.h)
+        self.format = get_format(name)
+        self.grid = Grid(self.format)
+        self.levels = np.zeros_like(self.w)
+        self.kept = np.ones(self.w.shape, bool)
+        self.scales = {}
+
+    def inverse(self, left):
+        """The inverse of the Hessian of the inputs `left`."""
+        return np.linalg.inv(self.h[np.ix_(left, left)])
+
+    def costs(self, columns):
+        """w_j^2 / [H_F^-1]_jj, F being j and all that come after it in the order."""
+        found = np.empty((len(self.w), len(columns)))
+        for i, j in enumerate(columns):
+            left = self.order[self.order.index(j) :]
+            found[:, i] = self.w[:, j] ** 2 / self.inverse(left)[0, 0]
+        return found
+
+    def fit(self, group):
+        """The scales of a group, by the grid, from the weights as they are now."""
+        size = self.grid.group_size(self.w.shape[1])
+        part = slice(group * size, (group + 1) * size)
+        masked = torch.from_numpy((self.w * self.kept)[:, part].astype(np.float32))
+        weight = torch.from_numpy((self.importance * self.kept)[:, part].astype(np.float32))
+        self.scales[group] = self.grid.fit(masked, weight)
+
+    def fix(self, j):
+        """Rounds input j, or drops it, and moves the others."""
+        group = j // self.grid.group_size(self.w.shape[1])
+        if group not in self.scales:
+            self.fit(group)
+        scale = self.scales[group]
+        level = self.nearest(self.w[:, j], scale) * self.kept[:, j]
+        value = self.kept[:, j] * self.value(level, scale)
+        self.levels[:, j] = level
+        left = self.order[self.order.index(j) :]
+        inverse = self.inverse(left)
+        self.w[:, left] -= np.outer((self.w[:, j] - value) / inverse[0, 0], inverse[0])
+
+    def nearest(self, column, scales: Scales):
+        if scales.scale is None:
+            return torch.from_numpy(column).float().bfloat16().double().numpy()
+        all_levels = np.arange(self.format.max_code + 1) * self.format.code_step
+        all_levels = all_levels - (0 if self.format.asymmetric else self.format.zero_point)
+        values = np.stack([self.value(np.full(len(column), v), scales) for v in all_levels], 1)
+        chosen = all_levels[np.abs(values - column[:, None]).argmin(1)].astype(float)
+        return np.where((scales.scale == 0).numpy(), 0.0, chosen)
+
+    def value(self, level, scales: Scales):
+        if scales.scale is None:
+            return level
+        value = level * scales.scale.double().numpy()
+        return value if scales.base is None else value + scales.base.double().numpy()
+
+
+def gptq(p, name, act_order=False, kept=None):
+    """The levels of every weight; kept: a mask that is given (GPTQ, arXiv:2210.17323)."""
+    k = p.weight.shape[1]
+    importance = np.diag(damped(p))
+    order = np.argsort(-importance, kind="stable") if act_order else np.arange(k)
+    sweep = Sweep(p, name, order.tolist())
+    if kept is not None:
+        sweep.kept = kept
+    if act_order:
+        for group in range(-(-k // sweep.grid.group_size(k))):
+            sweep.fit(group)
+    for j in sweep.order:
+        sweep.fix(j)
+    return sweep.levels
+
+
+def sparsegpt(p, name, sparsity, block=128):
+    """Levels and mask: in every block of columns the weights of the lowest cost go
+    (SparseGPT, arXiv:2301.00774, algorithm 1)."""
+    n, k = p.weight.shape
+    sweep = Sweep(p, name, range(k))
+    if sweep.grid.group_size(k) == k:  # one scale per row: of the weights that would stay now
+        sweep.kept = lowest_dropped(sweep.costs(range(k)), name, sparsity, 0)
+        sweep.fit(0)
+    for begin in range(0, k, block):
+        columns = list(range(begin, min(begin + block, k)))
+        sweep.kept[:, columns] = lowest_dropped(sweep.costs(columns), name, sparsity, begin)
+        for j in columns:
+            if name.endswith("_24") and j % 4 == 0:
+                four = columns[j - begin : j - begin + 4]
+                sweep.kept[:, four] = lowest_dropped(sweep.costs(four), name, sparsity, begin)
+            sweep.fix(j)
+    return sweep.levels, sweep.kept
+
+
+def lowest_dropped(cost, name, sparsity, before):
+    """The pattern of the format; blocks of columns drop in sum what the whole matrix would."""
+    n, k = cost.shape
+    kept = np.ones((n, k), bool)
+
+    def count(per_column):
+        last, first = per_column * (before + k) * sparsity, per_column * before * sparsity
+        return int(np.floor(last + 0.5)) - int(np.floor(first + 0.5))
+
+    if name.endswith("_24"):
+        for row in range(n):
+            for at in range(0, k, 4):
+                four = cost[row, at : at + 4]
+                kept[row, at + np.argsort(four, kind="stable")[: max(0, len(four) - 2)]] = False
+    elif name.endswith("_b16x1"):
+        for at in range(0, n, 16):
+            lowest = np.argsort(cost[at : at + 16].sum(0), kind="stable")[: count(1)]
+            kept[at : at + 16, lowest] = False
+    else:
+        kept.reshape(-1)[np.argsort(cost, axis=None, kind="stable")[: count(n)]] = False
+    return kept
