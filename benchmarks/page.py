@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import axes
 import picture
 from picture import Point
 
@@ -55,7 +56,7 @@ def fill(page: Path, name: str, text: str) -> None:
     begin, end = f"<!-- begin {name}: written by benchmarks/page.py -->", f"<!-- end {name} -->"
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     before, found, rest = old.partition(begin)
-    inside, closed, after = rest.partition(end)
+    _, closed, after = rest.partition(end)
     if found and not closed:
         raise SystemExit(f"error: {page}: `{begin}` has no `{end}`")
     if not found:
@@ -78,7 +79,7 @@ def pictures(record: dict[str, Any]) -> dict[str, str]:
     tokens = f"{record['text']}, {rows[0]['scored_tokens']:,} tokens"
     dense = dense_perplexity(rows)
     sized = points(rows, "bytes", "loss")
-    losses = picture.loss_axis((p.y for p in sized), dense)
+    losses = axes.loss_axis((p.y for p in sized), dense)
     found = {
         "bytes": picture.draw(
             f"{label}: perplexity and bytes",
@@ -90,16 +91,21 @@ def pictures(record: dict[str, Any]) -> dict[str, str]:
     }
     if timed := points(rows, "tokens_s", "loss"):
         machine = next(r["speed"]["run"]["machine"] for r in rows if "speed" in r)
-        axis = picture.linear_axis("tokens/s, one sequence", [p.x for p in timed], "{:.0f}".format)
-        note = f"{tokens}; {machine['cpu']}, {machine['threads']} threads. Down and right is better."
+        axis = axes.linear_axis("tokens/s, one sequence", [p.x for p in timed], "{:.0f}".format)
+        note = f"{tokens}; {machine['cpu']}, {machine['threads']} threads"
         found["speed"] = picture.draw(
-            f"{label}: perplexity and speed", note, timed, axis, losses, FAST
+            f"{label}: perplexity and speed",
+            f"{note}. Down and right is better.",
+            timed,
+            axis,
+            losses,
+            FAST,
         )
     task = next((name for name in TASKS if value(rows[0], name) is not None), None)
     if task:
         count = rows[0]["tasks"][task]["items"]
         judged = points(rows, "bytes", task)
-        axis = picture.share_axis(f"{TASKS[task]}, accuracy", [p.y for p in judged])
+        axis = axes.share_axis(f"{TASKS[task]}, accuracy", [p.y for p in judged])
         note = f"{count} items; the whole file. Up and left is better."
         found["tasks"] = picture.draw(
             f"{label}: {TASKS[task]} and bytes", note, judged, size_axis(rows), axis, (False, True)
@@ -107,14 +113,14 @@ def pictures(record: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def size_axis(rows: list[dict[str, Any]]) -> picture.Axis:
+def size_axis(rows: list[dict[str, Any]]) -> axes.Axis:
     """Bytes, with the bits per weight below."""
     weights = 8 * rows[0]["bytes"] / rows[0]["bits_per_weight"]
 
     def words(megabytes: float) -> str:
         return f"{megabytes:.0f}|{megabytes * 8e6 / weights:.2f}"
 
-    return picture.linear_axis(
+    return axes.linear_axis(
         "MB of the whole file (below: bits per weight)",
         [row["bytes"] / 1e6 for row in rows if shown(row)],
         words,

@@ -7,19 +7,13 @@ dark are two sets of colours in one file, chosen by the viewer's `prefers-color-
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-WIDTH, HEIGHT = 1120, 720
-LEFT, RIGHT, TOP, BOTTOM = 84, 1040, 92, 640  # of the plot itself
-SIZE = 11.5  # of the labels' letters
-LETTER = 0.61 * SIZE  # the mean advance of a letter of the widest of the fonts (DejaVu Sans)
-BOLD = 0.68 * SIZE
-R = 5.5  # of a mark
-FAR = 1.8  # times the middle value of an axis
+from axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
+from labels import BOLD, LETTER, SIZE, Box, R, place
 
 
 @dataclass(frozen=True)
@@ -80,148 +74,6 @@ def _costs(point: Point, rising: Rising) -> tuple[float, float]:
     return (-point.x if rising[0] else point.x, -point.y if rising[1] else point.y)
 
 
-# -- axes -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Axis:
-    """From values to points of the picture; values outside are drawn on the edge."""
-
-    title: str
-    low: float
-    high: float
-    ticks: Sequence[float]
-    words: Callable[[float], str]
-    log: bool = False
-    unit: str = ""
-    start: float = 0.0
-    end: float = 1.0
-
-    def __call__(self, value: float) -> float:
-        return self.start + (self.end - self.start) * min(max(self.share(value), 0.0), 1.0)
-
-    def share(self, value: float) -> float:
-        if not self.log:
-            return (value - self.low) / (self.high - self.low)
-        if value <= 0:
-            return -math.inf
-        return math.log(value / self.low) / math.log(self.high / self.low)
-
-
-
-def linear_axis(
-    title: str, values: Iterable[float], words: Callable[[float], str], unit: str = ""
-) -> Axis:
-    """From left to right, around the values, with round ticks. What is far beyond the middle one
-    is drawn on the right edge, so that it does not press the others together."""
-    found = list(values)
-    least, most = min(found), min(max(found), FAR * statistics.median(found))
-    room = 0.06 * (most - least) or 0.06 * most or 1.0
-    low, high = max(least - room, 0.0), most + room
-    step = _round((high - low) / 8)
-    first = math.ceil(low / step)
-    ticks = [i * step for i in range(first, int(high / step) + 1)]
-    return Axis(title, low, high, ticks, words, unit=unit, start=LEFT, end=RIGHT)
-
-
-def loss_axis(values: Iterable[float], dense: float, high: float = 5.0) -> Axis:
-    """Of the perplexity that a model lost, as a share of the dense one's: logarithmic, upwards.
-
-    What lost less than a thousandth (which the text cannot tell from nothing) is drawn on the
-    lower edge, what lost more than `high` times on the upper one."""
-    most = max((v for v in values if v > 0), default=0.01)
-    high = min(high, _above(most * 1.1))
-    low = 1e-3
-    ticks = [
-        step * 10.0**power
-        for power in range(-3, 2)
-        for step in (1, 2, 5)
-        if low <= step * 10.0**power <= high * 1.001
-    ]
-
-    def words(value: float) -> str:
-        share = f"{value:+.1%}" if value < 0.01 else f"{value:+.0%}"
-        loss = dense * (1 + value)
-        return f"{share}|{loss:.2f}" if loss < 100 else f"{share}|{loss:.0f}"
-
-    title = "perplexity above the dense model's (right: perplexity)"
-    return Axis(title, low, max(high, 0.01), ticks, words, log=True, start=BOTTOM, end=TOP)
-
-
-def share_axis(title: str, values: Iterable[float]) -> Axis:
-    """Of an accuracy, upwards and the best on top."""
-    found = list(values)
-    low, high = max(min(found) - 0.03, 0.0), min(max(found) + 0.03, 1.0)
-    step = _round((high - low) / 8)
-    ticks = [i * step for i in range(math.ceil(low / step), int(high / step) + 1)]
-    return Axis(title, low, high, ticks, lambda v: f"{v:.0%}", start=BOTTOM, end=TOP)
-
-
-def _round(value: float) -> float:
-    """1, 2 or 5 times a power of ten, near the value."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return min((step * power for step in (1, 2, 5, 10)), key=lambda each: abs(each - value))
-
-
-def _above(value: float) -> float:
-    power = 10.0 ** math.floor(math.log10(value))
-    return min(step * power for step in (1, 2, 5, 10) if step * power >= value * 0.9999)
-
-
-# -- labels ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Box:
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-    def meets(self, other: Box) -> bool:
-        across = self.x0 < other.x1 and other.x0 < self.x1
-        return across and self.y0 < other.y1 and other.y0 < self.y1
-
-    def inside(self, other: Box) -> bool:
-        across = other.x0 <= self.x0 and self.x1 <= other.x1
-        return across and other.y0 <= self.y0 and self.y1 <= other.y1
-
-
-PLOT = Box(LEFT + 3, TOP + 3, RIGHT - 3, BOTTOM - 3)
-
-
-def label_box(x: float, y: float, width: float, step: float, angle: float) -> Box:
-    """Where a label lies that is `step` away from the mark at (x, y), in the direction `angle`."""
-    height = SIZE + 2
-    dx, dy = math.cos(angle), -math.sin(angle)
-    cx = x + dx * step + _toward(dx) * width / 2
-    cy = y + dy * step + _toward(dy) * height / 2
-    return Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-
-
-def _toward(direction: float) -> float:
-    """-1, 0 or 1: which side of a label faces the mark."""
-    return 0.0 if abs(direction) < 0.3 else math.copysign(1.0, direction)
-
-
-ANGLES = [math.radians(each) for each in (0, 180, 30, -30, 150, -150, 90, -90, 60, -60, 120, -120)]
-STEPS = (R + 4, R + 12, R + 22, R + 34, R + 48, R + 64, R + 84, R + 110, R + 140, R + 180)
-
-
-def place(marks: Sequence[tuple[float, float, float]]) -> list[Box | None]:
-    """A box for the label of every mark (x, y, width), near it, over no mark and no other label;
-    None where there is no room. Earlier marks choose first."""
-    taken = [Box(x - R, y - R, x + R, y + R) for x, y, _ in marks]
-    found: list[Box | None] = []
-    for x, y, width in marks:
-        boxes = (label_box(x, y, width, step, angle) for step in STEPS for angle in ANGLES)
-        box = next((b for b in boxes if b.inside(PLOT) and not any(map(b.meets, taken))), None)
-        found.append(box)
-        if box:
-            taken.append(box)
-    return found
-
-
 # -- drawing --------------------------------------------------------------------------------------
 
 
@@ -269,8 +121,12 @@ def _rules(paper: str, ink: str, faint: str, grid: str, families: list[str]) -> 
 
 
 def _text(x: float, y: float, text: str, kind: str = "ink", **more: object) -> str:
-    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{attributes}>{_shown(text)}</text>'
+    at = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text class="{kind}" {at}{_attributes(more)}>{_shown(text)}</text>'
+
+
+def _attributes(more: dict[str, object]) -> str:
+    return "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
 
 
 def _shown(text: str) -> str:
@@ -279,10 +135,8 @@ def _shown(text: str) -> str:
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, kind: str, **more: object) -> str:
-    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
-    return (
-        f'<line class="{kind}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"{attributes}/>'
-    )
+    ends = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"'
+    return f'<line class="{kind}" {ends}{_attributes(more)}/>'
 
 
 def _frame(title: str, note: str, x: Axis, y: Axis) -> Iterator[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from contextlib import ExitStack
 from functools import cached_property
@@ -25,20 +24,17 @@ from typing import Any
 
 import configurations
 import harness
+import judges
 import models
 import page
 import speed
 from configurations import Configuration
 from harness import Candidate, Worker
-from scorer_llama import LlamaScorer
 
-from lacewing import quality
 from lacewing.checkpoint import open_source
 
 STAGES = ("make", "quality", "speed", "report")
 PROMPT, TOKENS = 16, 128  # as decode.py has them
-TASKS = ("eval/lambada_1000.jsonl", "eval/arc_easy_500.jsonl")
-LONGEST = 2048  # tokens of an item
 
 
 def main() -> None:
@@ -174,8 +170,12 @@ class Job:
             if not found or self.fits(found.get("quality")):
                 continue
             harness.progress(f"evaluating {one.name}")
-            judge = judge_llama if one.kind else judge_ours
-            judged = judge(Path(found["path"]), self.args)
+            judge = judges.llama if one.kind else judges.ours
+            try:
+                judged = judge(Path(found["path"]), self.args)
+            except SystemExit as error:  # the others are wanted all the same
+                harness.progress(f"{one.name} cannot be evaluated: {error}")
+                continue
             self.store.write(one, self.made(one) | {"quality": judged | self.scope()})
             harness.progress(f"{one.name}: perplexity {judged['perplexity']:.4f}")
 
@@ -259,7 +259,7 @@ class Job:
             "bytes": found["bytes"],
             "bits_per_weight": round(8 * found["bytes"] / self.weights, 3),
             "made": found["made"],
-            **{name: judged[name] for name in (*PERPLEXITY, "tasks")},
+            **{name: judged[name] for name in (*judges.PERPLEXITY, "tasks")},
         }
         return row | ({"speed": found["speed"]} if "speed" in found else {})
 
@@ -268,44 +268,6 @@ class Job:
         """Of all matrices of the model; a head that is the embedding is counted once."""
         shapes = open_source(self.args.model).spec.tensor_shapes().values()
         return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-
-
-# What an evaluation says that the record keeps.
-PERPLEXITY = ("perplexity", "interval", "scored_tokens", "windows", "resampled")
-ACCURACY = ("items", "acc", "acc_interval", "acc_norm", "acc_norm_interval", "perplexity")
-
-
-def judge_ours(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """A packed directory, by `lacewing eval`."""
-    items = [option for task in TASKS for option in ("--items", str(harness.data(task)))]
-    found = harness.lacewing(
-        "eval", str(path), "--perplexity", str(args.text), "--max-tokens", str(args.max_tokens),
-        "--window", str(args.window), *items, "--limit", str(args.items),
-        "--seed", str(args.seed), "--threads", str(args.threads), "--json",
-    )  # fmt: skip
-    return judged(found, found["items"])
-
-
-def judge_llama(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """A GGUF file, by llama.cpp's own logits of the same tokens."""
-    text = quality.Text.read(args.text, args.window, args.max_tokens)
-    items = [quality.read_items(harness.data(task), args.items) for task in TASKS]
-    with Worker.llama(args.llama_python) as worker:
-        scorer = LlamaScorer(worker, path, args.model, max(args.window, LONGEST), args.threads)
-        found = [each.to_dict() for each in quality.evaluate(scorer, [text, *items], args.seed)]
-    return judged(found[0], found[1:])
-
-
-def judged(text: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any]:
-    tasks = {
-        task_name(each["file"]): {name: each[name] for name in ACCURACY} for each in items
-    }
-    return {**{name: text[name] for name in PERPLEXITY}, "tasks": tasks}
-
-
-def task_name(stem: str) -> str:
-    """`arc_easy` of `arc_easy_500`."""
-    return re.sub(r"_\d+$", "", stem)
 
 
 def file_bytes(path: Path) -> int:
@@ -317,7 +279,8 @@ def file_bytes(path: Path) -> int:
 
 def show(record: dict[str, Any]) -> None:
     rows = [
-        [row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", f"{row['loss']:+.2%}",
+        [row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}",
+         f"{row['loss']:+.2%}",
          *(f"{row['tasks'][task]['acc']:.1%}" for task in row["tasks"]),
          f"{row['speed']['median']:.1f}" if "speed" in row else "-"]
         for row in sorted(record["rows"], key=lambda row: row["bytes"])

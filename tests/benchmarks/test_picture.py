@@ -1,4 +1,4 @@
-"""The pictures of the quality benchmark: who is on the frontier, and that any label can be drawn."""
+"""The pictures of the quality benchmark: the frontier, and that any label can be drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 from itertools import combinations
 from xml.etree import ElementTree
 
+import axes
+import labels
 import picture
 import pytest
 from hypothesis import given
@@ -35,9 +37,7 @@ def beats(one: Point, other: Point, rising: tuple[bool, bool]) -> bool:
 
 
 @given(POINTS, st.tuples(st.booleans(), st.booleans()))
-def test_the_frontier_is_what_nobody_beats(
-    points: list[Point], rising: tuple[bool, bool]
-) -> None:
+def test_the_frontier_is_what_nobody_beats(points: list[Point], rising: tuple[bool, bool]) -> None:
     taking = [point for point in points if not point.own_grid]
     wanted = [p for p in taking if not any(beats(other, p, rising) for other in taking)]
     found = picture.frontier(points, rising)
@@ -60,8 +60,8 @@ def crowd(count: int) -> list[Point]:
 
 
 def drawn(points: list[Point], rising: tuple[bool, bool] = (False, False)) -> ElementTree.Element:
-    x = picture.linear_axis("MB", [p.x for p in points], "{:.0f}".format, "MB")
-    y = picture.loss_axis([p.y for p in points], 20.0)
+    x = axes.linear_axis("MB", [p.x for p in points], "{:.0f}".format, "MB")
+    y = axes.loss_axis([p.y for p in points], 20.0)
     return ElementTree.fromstring(picture.draw("a & b", "<note>", points, x, y, rising))
 
 
@@ -74,11 +74,11 @@ def test_everything_lies_in_the_picture(rising: tuple[bool, bool]) -> None:
     points += [Point("far", "sparse", 1e9, 1e9), Point("lossless", "nearest", 90, -0.01)]
     for element in drawn(points, rising).iter():
         for name in NUMBERS:
-            limit = picture.WIDTH if "x" in name else picture.HEIGHT
+            limit = axes.WIDTH if "x" in name else axes.HEIGHT
             assert 0 <= float(element.get(name, 0)) <= limit
         for pair in (element.get("points") or "").split():
             x, y = map(float, pair.split(","))
-            assert 0 <= x <= picture.WIDTH and 0 <= y <= picture.HEIGHT
+            assert 0 <= x <= axes.WIDTH and 0 <= y <= axes.HEIGHT
 
 
 @pytest.mark.parametrize("label", HOSTILE)
@@ -100,29 +100,29 @@ def test_what_lies_beyond_an_edge_says_where() -> None:
 def test_labels_neither_meet_nor_hide_marks() -> None:
     rng = random.Random(0)
     marks = [(rng.uniform(300, 700), rng.uniform(200, 500), 90.0) for _ in range(40)]
-    boxes = [box for box in picture.place(marks) if box]
+    boxes = [box for box in labels.place(marks) if box]
     assert len(boxes) == len(marks)
     assert not any(one.meets(other) for one, other in combinations(boxes, 2))
-    assert all(box.inside(picture.PLOT) for box in boxes)
+    assert all(box.inside(labels.PLOT) for box in boxes)
     for x, y, _ in marks:
         assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes)
 
 
 def test_a_label_without_room_is_left_out() -> None:
-    width = picture.RIGHT - picture.LEFT
-    assert picture.place([(500.0, 300.0, 2.0 * width)]) == [None]
+    width = axes.RIGHT - axes.LEFT
+    assert labels.place([(500.0, 300.0, 2.0 * width)]) == [None]
 
 
 @pytest.mark.parametrize("values", [[5.0], [5.0, 5.0], [0.0, 1.0], [1e-3, 1e6]])
 def test_axes_hold_few_or_odd_values(values: list[float]) -> None:
-    axis = picture.linear_axis("x", values, str)
+    axis = axes.linear_axis("x", values, str)
     assert axis.low < axis.high
     assert 2 <= len(axis.ticks) <= 20
-    assert all(picture.LEFT <= axis(value) <= picture.RIGHT for value in values)
-    assert all(picture.LEFT <= axis(tick) <= picture.RIGHT for tick in axis.ticks)
+    assert all(axes.LEFT <= axis(value) <= axes.RIGHT for value in values)
+    assert all(axes.LEFT <= axis(tick) <= axes.RIGHT for tick in axis.ticks)
 
 
 def test_a_loss_of_nothing_lies_on_the_lower_edge() -> None:
-    axis = picture.loss_axis([-0.01, 0.0, 0.5], 20.0)
-    assert axis(-0.01) == axis(0.0) == axis(1e-4) == picture.BOTTOM
-    assert picture.TOP < axis(0.5) < axis(0.1) < picture.BOTTOM
+    axis = axes.loss_axis([-0.01, 0.0, 0.5], 20.0)
+    assert axis(-0.01) == axis(0.0) == axis(1e-4) == axes.BOTTOM
+    assert axes.TOP < axis(0.5) < axis(0.1) < axes.BOTTOM
