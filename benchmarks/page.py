@@ -90,7 +90,7 @@ def pictures(record: dict[str, Any]) -> dict[str, str]:
         )
     }
     if timed := points(rows, "tokens_s", "loss"):
-        machine = next(r["speed"]["run"]["machine"] for r in rows if "speed" in r)
+        machine = record["run"]["machine"]
         axis = axes.linear_axis("tokens/s, one sequence", [p.x for p in timed], "{:.0f}".format)
         note = f"{tokens}; {machine['cpu']}, {machine['threads']} threads"
         found["speed"] = picture.draw(
@@ -245,7 +245,7 @@ def conditions(record: dict[str, Any]) -> str:
     if data:
         words.append(f"Calibrated on {', '.join(data)}; tokens and seeds are in each recipe.")
     words.append(f"Intervals are drawn with seed {record['seed']}.")
-    if run := next((row["speed"]["run"] for row in rows if "speed" in row), None):
+    if run := record.get("run"):
         words.append(
             f"Speed: {run['machine']['cpu']}, {run['machine']['threads']} threads, all interleaved"
             f" in one run of {run['time'][:10]}."

@@ -8,7 +8,8 @@ Stages, in this order whatever the order given: `make` compresses, `quality` eva
 `lacewing eval`'s own code (llama.cpp's files too, on the same tokens), `speed` decodes,
 interleaved, and `report` saves the record, draws the pictures and fills in the tables of
 docs/concepts/quality.md. What is done is kept in benchmarks/.cache as it comes and not done again;
-`--again` forgets it. Configurations are in configurations.py.
+`--again` forgets it. Configurations are in configurations.py; a healed directory is one only while
+`--healed` names it. A report shows the speeds of one run, the last.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="default: 200 documents of C4")
     parser.add_argument("--max-tokens", type=int, default=61_410, help="scored, of the text")
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--items", type=int, default=200, help="of each task")
+    parser.add_argument("--items", type=int, default=500, help="of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--healed", nargs="+", default=[], metavar="NAME=DIRECTORY")
     parser.add_argument("--directory", nargs="+", default=[], metavar="NAME=DIRECTORY")
@@ -95,6 +96,9 @@ class Job:
         self.folder = models.CACHE / "quality" / args.model.stem
         self.store = Store(self.folder)
         self.all = self.wanted()
+        slugs = [one.slug for one in self.all]
+        if twice := {one.name for one in self.all if slugs.count(one.slug) > 1}:
+            raise SystemExit(f"error: names must differ in letters or figures, got {sorted(twice)}")
         names = args.only or [one.name for one in self.all]
         if unknown := set(names) - {one.name for one in self.all}:
             known = ", ".join(one.name for one in self.all)
@@ -116,7 +120,15 @@ class Job:
         return found if found.get("digest") == self.digest(one) else {}
 
     def digest(self, one: Configuration) -> str:
+        if one.directory:  # the same name may be another model by now
+            manifest = Path(one.directory) / "lacewing.json"
+            return one.digest(str(manifest.stat().st_mtime_ns if manifest.exists() else None))
         return one.digest(self.args.model.name, self.args.calibration.name * one.calibrated)
+
+    def judged(self, one: Configuration) -> dict[str, Any]:
+        """What is known of a configuration that was evaluated as the arguments say now."""
+        found = self.made(one)
+        return found if self.scope().items() <= found.get("quality", {}).items() else {}
 
     # -- make -------------------------------------------------------------------------------------
 
@@ -167,7 +179,7 @@ class Job:
     def quality(self) -> None:
         for one in self.chosen:
             found = self.made(one)
-            if not found or self.fits(found.get("quality")):
+            if not found or (self.judged(one) and not self.args.again):
                 continue
             harness.progress(f"evaluating {one.name}")
             judge = judges.llama if one.kind else judges.ours
@@ -184,16 +196,12 @@ class Job:
         names = ("max_tokens", "window", "items", "seed")
         return {"text": self.args.text.name, **{name: getattr(self.args, name) for name in names}}
 
-    def fits(self, judged: dict[str, Any] | None) -> bool:
-        scope = self.scope()
-        return bool(judged) and not self.args.again and scope.items() <= judged.items()
-
     # -- speed ------------------------------------------------------------------------------------
 
     def speed(self) -> None:
         """All that are made and whose quality is known, in one run: figures of two runs on a
         shared machine do not compare."""
-        ready = [one for one in self.chosen if "quality" in self.made(one)]
+        ready = [one for one in self.chosen if self.judged(one)]
         if not ready:
             raise SystemExit("error: nothing to measure\nhint: the stages make and quality first")
         with ExitStack() as stack:
@@ -225,7 +233,8 @@ class Job:
     # -- report -----------------------------------------------------------------------------------
 
     def report(self) -> None:
-        rows = [self.row(one) for one in self.all if "quality" in self.made(one)]
+        rows = [self.row(one, self.judged(one)) for one in self.all if self.judged(one)]
+        run = last_run(rows)
         dense = next((row for row in rows if row["dense"]), None)
         if dense is None:
             raise SystemExit(
@@ -239,6 +248,7 @@ class Job:
             "model": self.args.model.name,
             "compared_with": dense["name"],
             **self.scope(),
+            **({"run": run} if run else {}),
             "rows": rows,
         }
         page.write(record, harness.ROOT / "docs" / "concepts")
@@ -246,9 +256,8 @@ class Job:
         if not self.args.no_save:
             print("saved", harness.save("quality", record, self.args.threads))
 
-    def row(self, one: Configuration) -> dict[str, Any]:
+    def row(self, one: Configuration, found: dict[str, Any]) -> dict[str, Any]:
         """What the record keeps of a configuration."""
-        found = self.made(one)
         judged = found["quality"]
         row = {
             "name": one.name,
@@ -268,6 +277,17 @@ class Job:
         """Of all matrices of the model; a head that is the embedding is counted once."""
         shapes = open_source(self.args.model).spec.tensor_shapes().values()
         return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def last_run(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of the last run of the stage `speed`; takes them out of the rows, and speeds of
+    earlier runs with them, which do not compare."""
+    runs = {row["name"]: row["speed"].pop("run") for row in rows if "speed" in row}
+    last = max(runs.values(), key=lambda run: str(run["time"]), default={})
+    for row in rows:
+        if runs.get(row["name"], last) != last:
+            del row["speed"]
+    return last
 
 
 def file_bytes(path: Path) -> int:
