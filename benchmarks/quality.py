@@ -239,7 +239,7 @@ class Job:
         if dense is None:
             raise SystemExit(
                 f"error: no dense model among {len(rows)} that are evaluated\n"
-                f"hint: make quality --only {configurations.DENSE.name}"
+                f"hint: make quality --only {configurations.DENSE[-1].name}"
             )
         for row in rows:
             row["loss"] = row["perplexity"] / dense["perplexity"] - 1
