@@ -22,7 +22,7 @@ LEVELS = {
             ("errors", "version"),
             ("formats", "models"),
             ("checkpoint", "_C", "tuning"),
-            ("native",),
+            ("native", "quality"),
             ("compress", "nn", "engine", "linear"),
             ("server",),
             ("__init__",),

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from lacewing.version import __version__
 
 if TYPE_CHECKING:
-    from lacewing import checkpoint, engine, errors, formats, models, nn
+    from lacewing import checkpoint, engine, errors, formats, models, nn, quality
+    from lacewing.compress.recipe import Calibration, Recipe, Reconstruct, Rule
+    from lacewing.compress.run import compress
     from lacewing.engine import LLM, Piece, Result, SamplingParams
     from lacewing.errors import (
         CheckpointError,
@@ -34,21 +36,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "Calibration",
     "CheckpointError",
     "FormatError",
     "LacewingConfig",
     "LacewingError",
     "PackedTensor",
     "Piece",
+    "Recipe",
     "RecipeError",
+    "Reconstruct",
     "Report",
     "RequestError",
     "Result",
+    "Rule",
     "SamplingParams",
     "UnsupportedCpuError",
     "UnsupportedModelError",
     "__version__",
     "checkpoint",
+    "compress",
     "engine",
     "errors",
     "formats",
@@ -56,10 +63,12 @@ __all__ = [
     "models",
     "nn",
     "pack",
+    "quality",
     "replace_linear",
 ]
 
 _HOMES = {
+    "compress": ("Calibration", "Recipe", "Reconstruct", "Rule"),
     "engine": ("LLM", "Piece", "Result", "SamplingParams"),
     "errors": (
         "CheckpointError",
@@ -76,7 +85,7 @@ _HOMES = {
     "nn.huggingface": ("LacewingConfig",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = {"checkpoint", "engine", "errors", "formats", "models", "nn"}
+_PACKAGES = {"checkpoint", "compress", "engine", "errors", "formats", "models", "nn", "quality"}
 
 
 def __getattr__(name: str) -> Any:

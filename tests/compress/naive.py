@@ -44,12 +44,21 @@ def error(p, weight):
     return np.trace(e @ p.hessian.double().numpy() @ e.T)
 
 
+def inverses(h):
+    """Row 0 of the inverse of h[i:, i:] for every i: an input is eliminated from an inverse by
+    one step of Gauss (OBQ, arXiv:2208.11580, eq. 4)."""
+    inverse = np.linalg.inv(h)
+    for _ in range(len(h)):
+        yield inverse[0]
+        inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+
+
 class Sweep:
     """Optimal brain surgeon: fix one input after the other, and after each move the inputs that
     are left to where they make up for its error (OBQ, arXiv:2208.11580, with one order for all
     rows as in GPTQ).
 
-    The inverse of the Hessian of the inputs that are left is taken anew at every step.
+    rows[j]: of the inverse of the Hessian of j and all that come after it, the row of j.
     """
 
     def __init__(self, p, name, order):
@@ -61,18 +70,11 @@ class Sweep:
         self.levels = np.zeros_like(self.w)
         self.kept = np.ones(self.w.shape, bool)
         self.scales = {}
-
-    def inverse(self, left):
-        """The inverse of the Hessian of the inputs `left`."""
-        return np.linalg.inv(self.h[np.ix_(left, left)])
+        self.rows = dict(zip(self.order, inverses(self.h[np.ix_(order, order)]), strict=True))
 
     def costs(self, columns):
         """w_j^2 / [H_F^-1]_jj, F being j and all that come after it in the order."""
-        found = np.empty((len(self.w), len(columns)))
-        for i, j in enumerate(columns):
-            left = self.order[self.order.index(j) :]
-            found[:, i] = self.w[:, j] ** 2 / self.inverse(left)[0, 0]
-        return found
+        return np.stack([self.w[:, j] ** 2 / self.rows[j][0] for j in columns], axis=1)
 
     def fit(self, group):
         """The scales of a group, by the grid, from the weights as they are now."""
@@ -92,8 +94,8 @@ class Sweep:
         value = self.kept[:, j] * self.value(level, scale)
         self.levels[:, j] = level
         left = self.order[self.order.index(j) :]
-        inverse = self.inverse(left)
-        self.w[:, left] -= np.outer((self.w[:, j] - value) / inverse[0, 0], inverse[0])
+        row = self.rows[j]
+        self.w[:, left] -= np.outer((self.w[:, j] - value) / row[0], row)
 
     def nearest(self, column, scales: Scales):
         if scales.scale is None:
@@ -130,8 +132,8 @@ def gptq(p, name, act_order=False, kept=None):
 def sparsegpt(p, name, sparsity, block=128):
     """Levels and mask: in every block of columns the weights of the lowest cost go
     (SparseGPT, arXiv:2301.00774, algorithm 1)."""
-    n, k = p.weight.shape
-    sweep = Sweep(p, name, range(k))
+    k = p.weight.shape[1]
+    sweep = Sweep(p, name, list(range(k)))
     if sweep.grid.group_size(k) == k:  # one scale per row: of the weights that would stay now
         sweep.kept = lowest_dropped(sweep.costs(range(k)), name, sparsity, 0)
         sweep.fit(0)

@@ -7,13 +7,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from compress import naive  # noqa: E402
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
 from lacewing.compress.masks import Choice, choose_mask, magnitude, obs, wanda  # noqa: E402
 from lacewing.compress.problem import Problem, check_hessian  # noqa: E402
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import FORMATS, get_format  # noqa: E402
+from tests.compress import naive  # noqa: E402
 
 SPARSE = ["w8a8g64_sp", "w4a8g64_sp", "bf16_sp", "w8a8g64_24", "w4a8g64_24", "w8a8_b16x1"]
 PRUNABLE = [name for name in FORMATS if FORMATS[name].holds_zero]
@@ -21,6 +21,12 @@ PRUNABLE = [name for name in FORMATS if FORMATS[name].holds_zero]
 
 def solve(p, name, mask=None, act_order=False):
     return solve_columns(p, Grid(get_format(name)), mask, act_order)
+
+
+def test_the_naive_inverses():
+    h = naive.damped(naive.problem(1, 20))
+    for i, row in enumerate(naive.inverses(h)):
+        np.testing.assert_allclose(row, np.linalg.inv(h[i:, i:])[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act order"])
@@ -152,7 +158,7 @@ def test_a_broken_hessian_is_refused(where, bad):
     with pytest.raises(RecipeError, match="`layer`"):
         solve(p, "w4a8g32")
     if where == (4, 4):
-        with pytest.raises(RecipeError, match="`layer`: .* input 4"):
+        with pytest.raises(RecipeError, match=r"`layer`: .* input 4"):
             check_hessian("layer", p.hessian)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from lacewing.checkpoint import open_source  # noqa: E402
 from lacewing.compress.heal import Healed, Healing, heal_windows  # noqa: E402
 from lacewing.errors import CheckpointError, RecipeError  # noqa: E402
-from lacewing.formats import FORMATS, PackedTensor  # noqa: E402
+from lacewing.formats import FORMATS  # noqa: E402
 from tests.compress import training  # noqa: E402
-from tests.compress.training import FAMILIES, LAYERS, tokens, weights, write_model  # noqa: E402
+from tests.compress.training import FAMILIES, tokens, weights, write_model  # noqa: E402
 
 SHORT = Healing(steps=30, rate=5e-3, tokens=256, held_out=4, bf16=False)
 
@@ -59,3 +59,250 @@ def test_it_comes_nearer_and_keeps_masks(
         if name in training.TABLES:
             assert np.array_equal(a.dequantize(), b.dequantize())
     assert not (tmp_path / "after.work").exists()
+
+
+def test_the_rest_of_the_directory_stays(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    found = heal(before, dense, tmp_path / "after")
+    manifest = json.loads((tmp_path / "after/lacewing.json").read_text())
+    assert manifest["recipe"] == {"name": "kept"}
+    healed = manifest["healed"]
+    assert (healed["dense"], healed["windows"], healed["window"]) == ("dense", 64, 16)
+    assert (healed["steps"], healed["rate"], healed["seed"]) == (30, 5e-3, 0)
+    assert (healed["before"], healed["after"]) == (found.before, found.after)
+    assert [step for step, _, _ in healed["history"]] == [0, 8, 15, 23, 30]
+    assert (tmp_path / "after/tokenizer.json").read_text() == training.TOKENS.tokenizer_json
+
+
+def test_what_is_reported_is_what_was_written(tmp_path: Path, dense: Path) -> None:
+    """The held-out KL of the directory, worked out anew by another run on the same windows."""
+    before = write_model(tmp_path / "before", weights(), "w3a8g64")
+    found = heal(before, dense, tmp_path / "after")
+    again = heal(tmp_path / "after", dense, tmp_path / "twice", replace(SHORT, steps=1))
+    assert again.before == pytest.approx(found.after, rel=1e-5)
+
+
+def test_it_never_makes_a_model_worse(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    found = heal(before, dense, tmp_path / "after", replace(SHORT, rate=1.0, steps=4))
+    assert not found.helped
+    assert found.after == found.before
+    assert same(before, tmp_path / "after")
+
+
+def test_the_best_look_is_kept(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    """Where a run gets worse at its end, what it was at its best is written."""
+    monkeypatch.setattr("lacewing.compress.heal._schedule", lambda share: 200 * (share > 0.5) + 1)
+    before = write_model(tmp_path / "before", weights(), "w3a8g64")
+    found = heal(before, dense, tmp_path / "after")
+    losses = [loss for _, _, loss in found.history]
+    assert losses[-1] > losses[0] > found.after == min(losses)
+    monkeypatch.undo()
+    again = heal(tmp_path / "after", dense, tmp_path / "twice", replace(SHORT, steps=1))
+    assert again.before == pytest.approx(found.after, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 3}, {"mix": 0.5, "learn_scales": False}])
+def test_steps_are_reproducible(changes: dict[str, Any], tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    how = replace(SHORT, steps=6, bf16=True, **changes)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        heal(before, dense, tmp_path / name, replace(how, seed=seed))
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert not same(tmp_path / "a", tmp_path / "c")
+
+
+RUN = """
+import signal, sys
+import torch
+from pathlib import Path
+from lacewing.checkpoint import open_source
+from lacewing.compress import heal, savepoint
+from tests.compress.training import tokens
+
+before, dense, out, steps, stop, how = sys.argv[1:]
+torch.set_num_threads(1)
+heal._SAVE_EVERY = -1.0  # after every step
+save = savepoint.save
+
+def saved(path, tensors, facts):
+    save(path, tensors, facts)
+    if path.name == "state.safetensors" and facts["step"] == int(stop):
+        signal.raise_signal(getattr(signal, how))
+
+savepoint.save = saved
+healing = heal.Healing(steps=int(steps), rate=5e-3, tokens=256, held_out=4, bf16=False)
+heal.heal_windows(
+    open_source(before), open_source(dense), Path(out), tokens(64), healing
+)
+"""
+
+
+def run(before: Path, dense: Path, out: Path, stop: int, how: str = "SIGKILL") -> int:
+    arguments = [str(before), str(dense), str(out), "9", str(stop), how]
+    command = [sys.executable, "-c", RUN, *arguments]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT).returncode
+
+
+REPO = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(REPO)])}
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_goes_on(how: str, tmp_path: Path, dense: Path) -> None:
+    """Twice killed, and once not: the same bytes; nothing is left beside them."""
+    before = write_model(tmp_path / "before", weights(), "w8a8g64_sp")
+    assert run(before, dense, tmp_path / "whole", -1) == 0
+    out = tmp_path / "out"
+    for stop in (3, 7):
+        assert run(before, dense, out, stop, how) != 0
+        assert not out.exists()
+        assert (tmp_path / "out.work/state.safetensors").exists()
+    assert run(before, dense, out, -1) == 0
+    assert same(out, tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "dense", "out", "whole"]
+
+
+def test_minutes_are_a_limit(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    """By a clock of which every look takes a second."""
+    clock = SimpleNamespace(monotonic=itertools.count(0.0, 1.0).__next__)
+    monkeypatch.setattr("lacewing.compress.heal.time", clock)
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    ticks: list[tuple[float, str]] = []
+    how = replace(SHORT, steps=None, minutes=1.0)
+    found = heal(before, dense, tmp_path / "after", how, progress=lambda *t: ticks.append(t))
+    assert 0 < found.steps_done < 30
+    assert 55 < found.seconds <= 65
+    assert len(found.history) == 5
+    assert found.history[-1][0] == found.steps_done
+    shares = [share for share, _ in ticks]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert "tokens/s" in ticks[-1][1]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def test_divergence_is_an_error_that_loses_nothing(
+    tmp_path: Path, dense: Path, monkeypatch: Any
+) -> None:
+    """The state of the last good step is kept, and a run at a lower rate goes on from it."""
+    from lacewing.compress import heal as module
+
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
+    gradients = module._Run._gradients
+
+    def spoilt(self: Any) -> float:
+        return gradients(self) if self.step < 5 else float("nan")
+
+    monkeypatch.setattr(module._Run, "_gradients", spoilt)
+    with pytest.raises(RecipeError, match=r"diverged: .* in step 5 at rate 0\.005") as caught:
+        heal(before, dense, tmp_path / "after")
+    assert "0.002" in str(caught.value.hint)
+    assert not (tmp_path / "after").exists()
+    monkeypatch.setattr(module._Run, "_gradients", gradients)
+    found = heal(before, dense, tmp_path / "after", replace(SHORT, rate=2e-3))
+    assert found.steps_done == 30
+    assert found.history[0][2] == found.before
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    work = tmp_path / "after.work"
+    work.mkdir()
+    (work / "run").write_text("something else")
+    with pytest.raises(RecipeError, match=r"after\.work: needs the arguments") as caught:
+        heal(before, dense, tmp_path / "after")
+    assert "delete" in str(caught.value.hint)
+    assert not (tmp_path / "after").exists()
+
+
+def test_an_existing_target_is_left_alone(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    (tmp_path / "after").mkdir()
+    (tmp_path / "after/mine").write_text("mine")
+    with pytest.raises(CheckpointError, match="needs a path that is free"):
+        heal(before, dense, tmp_path / "after")
+    assert (tmp_path / "after/mine").read_text() == "mine"
+    assert not (tmp_path / "after.work").exists()
+
+
+def test_a_damaged_state_has_a_name(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    from lacewing.compress import heal as module
+
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    monkeypatch.setattr(module, "_identity", lambda *_: "same")
+    work = tmp_path / "after.work"
+    work.mkdir()
+    (work / "run").write_text("same")
+    (work / "state.safetensors").write_bytes(bytes(100))
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        heal(before, dense, tmp_path / "after")
+
+
+def test_a_teacher_cut_short_has_a_name(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    from lacewing.compress import heal as module
+
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    monkeypatch.setattr(module, "_identity", lambda *_: "same")
+    work = tmp_path / "after.work"
+    work.mkdir()
+    (work / "run").write_text("same")
+    (work / "teacher.0.npy").write_bytes(bytes(10))
+    with pytest.raises(CheckpointError, match=r"teacher\.0\.npy"):
+        heal(before, dense, tmp_path / "after")
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (tokens(64).int(), "must be int64"),
+        (tokens(64)[0], "must be int64"),
+        (tokens(4), "more windows than the 4 held out, got 4"),
+        (tokens(8, 65), "windows of 65 tokens: the model has a context of 64"),
+        (tokens(8) + 60, "token ids from 0 to 66"),
+        (tokens(8) - 1, "token ids from 0 to 66, got -1"),
+    ],
+)
+def test_windows_are_checked(
+    windows: torch.Tensor, message: str, tmp_path: Path, dense: Path
+) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    with pytest.raises(RecipeError, match=message):
+        heal(before, dense, tmp_path / "after", windows=windows)
+
+
+def test_models_must_belong_together(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    config = training.CONFIG | {"intermediate_size": 64}
+    monkeypatch.setattr(training, "CONFIG", config)
+    other = write_model(tmp_path / "other", weights(config), "bf16")
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match=r"other: needs `model.layers.0.mlp.gate_proj.weight` of"):
+        heal(before, other, tmp_path / "after")
+    text = training.TOKENS.tokenizer_json.replace("t66", "u66")
+    (dense / "tokenizer.json").write_text(text)
+    with pytest.raises(RecipeError, match="dense: needs the vocabulary of"):
+        heal(before, dense, tmp_path / "after")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, "either `steps` or `minutes`"),
+        ({"minutes": 1.0}, "either `steps` or `minutes`"),
+        ({"steps": 0}, "`steps` must be from 1"),
+        ({"rate": 2.0}, "`rate` must be from 0 to 1, got 2.0"),
+        ({"rate": float("nan")}, "`rate` must be from 0 to 1, got nan"),
+        ({"mix": -0.1}, "`mix` must be from 0 to 1"),
+        ({"lora_rank": 0}, "`lora_rank` must be from 1"),
+        ({"held_out": 0}, "`held_out` must be from 1"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        replace(SHORT, **changes)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -119,18 +118,24 @@ def test_what_is_kept(tmp_path: Path) -> None:
 )
 def test_killed_at_any_instant(tmp_path: Path, whole: Any, where: str) -> None:
     place = tmp_path / "out.work"
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from tests.compress import test_session\n"
-        f"test_session.plant()\ntest_session.run_all(Path({str(place)!r}))"
-    )
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), str(root / "src"), *os.environ.get("PYTHONPATH", "").split(":")]
-    env = {**os.environ, "DIE_AT": where, "PYTHONPATH": ":".join(paths)}
-    run = subprocess.run([sys.executable, "-c", program], cwd=root, env=env, check=False)
-    assert run.returncode == -signal.SIGKILL
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking beside threads: the child starts none
+        child = os.fork()
+    if child == 0:
+        die_at(where, place)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     run_all(place)
     assert state_of(place) == whole
+
+
+def die_at(where: str, place: Path) -> NoReturn:
+    """What the child does; nothing of it may come back into pytest."""
+    try:
+        os.environ["DIE_AT"] = where
+        plant()
+        run_all(place)
+    finally:
+        os._exit(1)
 
 
 def plant() -> None:

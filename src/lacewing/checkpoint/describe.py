@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lacewing.checkpoint.ggufmodel import GgufSource
+from lacewing.checkpoint.manifest import PackedSource
 from lacewing.checkpoint.source import open_source
 from lacewing.checkpoint.tensors import Source
 from lacewing.errors import LacewingError
@@ -29,6 +30,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         formats         [{format, tensors, weights, bytes, bits_per_weight}], largest first
         tensors         [{name, format, shape, weights, bytes, bits_per_weight}], in file order
         notes           what the file asks for and Lacewing does otherwise
+        recipe          of a packed directory: how it was compressed, or None
         metadata        of a GGUF file: {key: value}, long arrays as "<n values>"
 
     Raises CheckpointError for a path that is no model, or a damaged one.
@@ -48,6 +50,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "tensors": tensors,
         "notes": list(source.notes),
     }
+    if isinstance(source, PackedSource):
+        found["recipe"] = source.recipe
     if isinstance(source, GgufSource):
         found["metadata"] = {key: _brief(v) for key, v in source.file.metadata.items()}
     return found

@@ -23,6 +23,7 @@ from lacewing.errors import CheckpointError
 
 __all__ = [
     "MAX_JSON",
+    "check_target",
     "fail",
     "map_file",
     "new_directory",
@@ -168,7 +169,7 @@ def new_directory(target: Path, marker: str, force: bool = False) -> Iterator[Pa
     Raises CheckpointError where the target exists, is something else, or cannot be written.
     """
     target = Path(os.path.realpath(target))
-    _check_target(target, marker, force)
+    check_target(target, marker, force)
     _remove_stale(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     with _writing(target):
@@ -178,7 +179,7 @@ def new_directory(target: Path, marker: str, force: bool = False) -> Iterator[Pa
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
             os.fsync(lock)
-            _check_target(target, marker, force)
+            check_target(target, marker, force)
             _put_in_place(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -208,7 +209,8 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_target(target: Path, marker: str, force: bool) -> None:
+def check_target(target: Path, marker: str, force: bool) -> None:
+    """Raises CheckpointError where `new_directory` could not put its result."""
     if not target.parent.is_dir():
         fail(str(target), "an existing parent directory", f"none at {target.parent}")
     if not os.path.lexists(target):

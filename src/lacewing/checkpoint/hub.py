@@ -16,7 +16,7 @@ from lacewing.checkpoint.weights import CONFIG, QUANTIZATION_KEYS, read_weights
 from lacewing.errors import CheckpointError
 from lacewing.models import DecoderSpec, get_spec
 
-__all__ = ["CONFIG", "HubSource", "norms_are_offsets"]
+__all__ = ["CONFIG", "HubSource", "norms_are_offsets", "read_tokenizer"]
 
 
 class HubSource(Source):
@@ -52,14 +52,19 @@ class HubSource(Source):
         return self.check_spec()
 
     def _read_tokenizer(self) -> TokenizerFiles:
-        path = self.path / "tokenizer.json"
-        if not path.exists():
-            raise CheckpointError(
-                f"{self.path}: needs a tokenizer.json, got none",
-                hint="`AutoTokenizer.from_pretrained(..).save_pretrained(..)` of transformers"
-                " writes it",
-            )
-        return _Tokenizer(self.path, read_text(path), self.config).files()
+        return read_tokenizer(self.path, self.config)
+
+
+def read_tokenizer(place: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+    """The tokenizer in a directory, for the model of `config`. Raises CheckpointError."""
+    path = place / "tokenizer.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"{place}: needs a tokenizer.json, got none",
+            hint="`AutoTokenizer.from_pretrained(..).save_pretrained(..)` of transformers"
+            " writes it",
+        )
+    return _Tokenizer(place, read_text(path), config).files()
 
 
 def norms_are_offsets(config: Mapping[str, Any]) -> bool:

@@ -6,7 +6,8 @@ they are, `tokenizer.json`. The schema of `lacewing.json`, version 1:
      "tokenizer": {"chat_template", "bos_token", "eos_token": string or null,
                    "bos_token_id": integer or null, "eos_token_ids": [integers], "add_bos": bool},
      "tensors":   {"<name>": {"format": "w4a8g32", "shape": [n, k]},      parts `<name>.<part>`
-                   "<name>": {"format": "f32", "shape": [n]}}}            one tensor `<name>`
+                   "<name>": {"format": "f32", "shape": [n]}},            one tensor `<name>`
+     "recipe":    {..}                            how it was compressed, where that is known
 
 Other keys are left alone. Norm weights are stored so that y = x / rms(x) * w. A weight of a model
 with experts will have the shape [experts, n, k].
@@ -56,9 +57,10 @@ def manifest_json(
     config: Mapping[str, Any],
     tokenizer: TokenizerFiles,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    recipe: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of lacewing.json. `tensors`: name -> (format, shape)."""
-    document = {
+    document: dict[str, Any] = {
         "lacewing": VERSION,
         "config": dict(config),
         "tokenizer": {
@@ -71,6 +73,8 @@ def manifest_json(
             for name, (format, shape) in tensors.items()
         },
     }
+    if recipe is not None:
+        document["recipe"] = dict(recipe)
     return json.dumps(document, ensure_ascii=False, indent=1)
 
 
@@ -89,6 +93,8 @@ class PackedSource(Source):
             hint = "update Lacewing, or convert the model again" if newer else _DAMAGED
             self._fail("`lacewing`", f"version {VERSION}", shown(version), hint)
         self.config = self._mapping(self._manifest, "config")
+        recipe = self._manifest.get("recipe")
+        self.recipe: dict[str, Any] | None = recipe if isinstance(recipe, dict) else None
         self.file = read_safetensors(path / WEIGHTS)
         listed = self._mapping(self._manifest, "tensors")
         self.values = {name: self._value(name, entry) for name, entry in listed.items()}

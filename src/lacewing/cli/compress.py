@@ -1,5 +1,5 @@
 """`lacewing compress`: any model file into a packed directory, or one that others open, without
-calibration data."""
+calibration data or, with a recipe (`calibrated.py`), with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lacewing.cli import screen
+from lacewing.cli import calibrated, screen
 
 if TYPE_CHECKING:
     from lacewing.checkpoint import Report
@@ -46,6 +46,26 @@ def compress(
             "--as", help="What OUT is: lacewing, or compressed-tensors for others to open."
         ),
     ] = _KINDS[0],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Calibrate: safe, balanced, small, sparse50, or a YAML file."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Text to calibrate on, .txt or .jsonl; any number."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it.", show_default="the recipe's")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Which of them.", show_default="the recipe's")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate bytes, memory and time; write nothing.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the finished blocks of an earlier run.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -53,6 +73,79 @@ def compress(
 
     OUT appears complete or not at all.
     """
+    if recipe is not None:
+        _check_recipe_alone(format, sparsity, head_format, machine, kind)
+        if not data and not dry_run:
+            raise typer.BadParameter("a recipe needs text to calibrate on", param_hint="--data")
+        calibrated.compress(
+            source,
+            out,
+            recipe,
+            data or [],
+            as_json,
+            seed=seed,
+            tokens=calibration_tokens,
+            force=force,
+            restart=restart,
+            dry_run=dry_run,
+        )
+        return
+    _check_no_calibration(data, calibration_tokens, seed, dry_run, restart)
+    _round(source, out, format, sparsity, head_format, machine, kind, force, as_json)
+
+
+def _check_recipe_alone(
+    format: str,
+    sparsity: float | None,
+    head_format: str | None,
+    machine: str | None,
+    kind: str,
+) -> None:
+    for option, given in (
+        ("--format", format != "auto"),
+        ("--sparsity", sparsity is not None),
+        ("--head-format", head_format is not None),
+        ("--machine", machine is not None),
+    ):
+        if given:
+            raise typer.BadParameter("the recipe says it: give it a rule", param_hint=option)
+    if kind != _KINDS[0]:
+        raise typer.BadParameter(
+            f"a recipe makes a directory of {_KINDS[0]}; compress that one once more",
+            param_hint="--as",
+        )
+
+
+def _check_no_calibration(
+    data: list[str] | None,
+    calibration_tokens: int | None,
+    seed: int | None,
+    dry_run: bool,
+    restart: bool,
+) -> None:
+    for option, given in (
+        ("--data", bool(data)),
+        ("--calibration-tokens", calibration_tokens is not None),
+        ("--seed", seed is not None),
+        ("--dry-run", dry_run),
+        ("--restart", restart),
+    ):
+        if given:
+            raise typer.BadParameter("needs a --recipe", param_hint=option)
+
+
+def _round(
+    source: str,
+    out: str,
+    format: str,
+    sparsity: float | None,
+    head_format: str | None,
+    machine: str | None,
+    kind: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """To the nearest codes, without data."""
     import time
 
     from lacewing.cli.opening import dense_instead, found_zeros, roundings

@@ -1,20 +1,23 @@
-"""`lacewing eval`: how well a model predicts a text."""
+"""`lacewing eval`: how well a model predicts a text, answers items, and keeps to a reference."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lacewing.cli import screen
 from lacewing.cli.screen import KV_HELP
-from lacewing.errors import RequestError
+from lacewing.errors import LacewingError, RequestError
 
 if TYPE_CHECKING:
     from lacewing.engine import LLM
+    from lacewing.quality import Accuracy, Divergence, Interval, Items, Perplexity, Scorer, Text
+
+_LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
 
 
 def evaluate(
@@ -23,83 +26,225 @@ def evaluate(
         typer.Argument(help="Default: the demo model, where installed.", show_default=False),
     ] = None,
     perplexity: Annotated[
-        Path, typer.Option(help="Text file (UTF-8) to predict.", show_default=False)
-    ] = ...,  # type: ignore[assignment]  # typer's mark of an option that must be given
+        Path | None, typer.Option(help="Text file (UTF-8) to predict.", show_default=False)
+    ] = None,
+    items: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSONL file of multiple choice or LAMBADA items; repeat it.", show_default=False
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to measure the divergence from, on the text of --perplexity.",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens predicted from nothing.")] = 2048,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many scored tokens.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first items of each file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
     format: Annotated[
         str, typer.Option(help="Weight format; auto: the file's own grid, where it has one.")
     ] = "auto",
+    reference_format: Annotated[str, typer.Option(help="Of the reference.")] = "auto",
+    torch: Annotated[
+        bool,
+        typer.Option(
+            "--torch",
+            help="Run a Hugging Face directory in PyTorch, in float32; --format packs its layers.",
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: all usable cores.")] = None,
     kv: Annotated[str, typer.Option(help=KV_HELP)] = "f16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Perplexity of a text.
+    """Perplexity of a text, accuracy on items, divergence from a reference.
 
     The text is cut into windows that do not overlap, each read from an empty context: a window of
     2048 tokens scores its last 2047. Where the model wants a beginning-of-sequence token, every
     window begins with it (2047 tokens of text, all of them scored). A last window that is not full
     is left out, unless it is the only one.
+
+    Items are {"id", "query", "choices", "gold"} or {"id", "context", "target"}, one JSON object a
+    line. Intervals hold 95 % of 1000 resampled figures.
     """
-    text = _read(perplexity)
-    from lacewing.cli.opening import open_llm
+    from lacewing.quality import Against, Text, read_items
 
-    opened = open_llm(model, format, threads, kv, max_context=window)
-    pieces = windows(opened.llm, text, window, max_tokens)
-    losses: list[float] = []
-    count = 0
-    with screen.progress("scoring") as advance:
-        for index, piece in enumerate(pieces):
-            scores = opened.llm.score(piece)[: None if max_tokens is None else max_tokens - count]
-            losses.append(-float(scores.sum(dtype="float64")))
-            count += len(scores)
-            advance(index + 1, len(pieces), f"perplexity {math.exp(sum(losses) / count):.3f}")
-    value = math.exp(sum(losses) / count)
-    found = {
-        "model": str(opened.path),
-        **opened.size(),
-        "perplexity": value,
-        "scored_tokens": count,
-        "windows": len(pieces),
-        "window": window,
-    }
+    text = None if perplexity is None else Text.read(perplexity, window, max_tokens)
+    files = [read_items(path, limit) for path in items or ()]
+    if text is None and not files:
+        raise RequestError("nothing to evaluate", hint="give --perplexity FILE or --items FILE")
+    if reference is not None and text is None:
+        raise RequestError("--reference needs a text to compare on", hint="add --perplexity FILE")
+    way = Way(torch, threads, kv, _context(text, files))
+    subject = way.open(model, format)
+    tasks: list[Any] = [*([text] if text else []), *files]
+    if reference is not None and text is not None:
+        tasks.append(Against(way.open(reference, reference_format).scorer, text))
+    results = run_tasks(subject.scorer, tasks, seed)
     if as_json:
-        screen.print_json(screen.to_plain(found))
+        screen.print_json(screen.to_plain({**subject.told, **_as_dict(results)}))
         return
-    screen.print_pairs(
-        [
-            ("model", opened.path.name),
-            ("format", f"{found['format']}, {found['bits_per_weight']:.2f} bits per weight"),
-            ("perplexity", f"{value:.4f}"),
-            ("scored tokens", f"{count:,} in {len(pieces)} windows of {window}"),
-        ]
-    )
+    _show(subject, results)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path}: needs UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}"
-        ) from None
+@dataclass(frozen=True)
+class Subject:
+    """A model that is judged, and what the output says of it."""
+
+    scorer: Scorer
+    told: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How models are opened: by the engine, or in PyTorch."""
+
+    torch: bool = False
+    threads: int | None = None
+    kv: str = "f16"
+    max_context: int | None = None
+
+    def open(self, model: str | None, format: str) -> Subject:
+        return self._in_torch(model, format) if self.torch else self._in_engine(model, format)
+
+    def _in_engine(self, model: str | None, format: str) -> Subject:
+        from lacewing.cli.opening import open_llm
+        from lacewing.engine.scorer import LLMScorer
+
+        opened = open_llm(model, format, self.threads, self.kv, max_context=self.max_context)
+        told = {"model": str(opened.path), **opened.size()}
+        return Subject(LLMScorer(opened.llm, opened.path.name), told)
+
+    def _in_torch(self, model: str | None, format: str) -> Subject:
+        try:
+            from lacewing.nn.opening import set_threads
+            from lacewing.nn.scorer import open_scorer
+        except ImportError as error:
+            raise LacewingError(
+                f"`lacewing eval --torch` needs PyTorch: {error}",
+                hint="pip install 'lacewing[torch]'",
+            ) from error
+        if model is None:
+            raise RequestError("--torch needs a model", hint="name a Hugging Face directory")
+        set_threads(self.threads)
+        own = format == "auto"
+        with screen.progress(f"opening {model}"):
+            scorer = open_scorer(Path(model), None if own else format)
+        return Subject(scorer, {"model": model, "format": "torch float32" if own else format})
+
+
+def run_tasks(scorer: Scorer, tasks: list[Any], seed: int, title: str = "scoring") -> list[Any]:
+    """Behind a bar."""
+    from lacewing import quality
+
+    with screen.progress(title) as advance:
+        return quality.evaluate(scorer, tasks, seed, advance)
+
+
+def _context(text: Text | None, files: list[Items]) -> int | None:
+    """Tokens of a sequence: what the text needs; as many as usual, where the items' needs are not
+    known yet."""
+    if text is None or (files and text.window <= _LONG):
+        return None
+    return text.window
 
 
 def windows(llm: LLM, text: str, window: int, max_tokens: int | None) -> list[list[int]]:
     """The token windows that score `text`, as `evaluate` says. Raises RequestError."""
-    first = llm.text.encode("")  # the beginning-of-sequence token, where the model wants one
-    ids = llm.text.encode(text, add_special=False)
-    if len(ids) < 2:
-        raise RequestError(f"the text must have at least 2 tokens, got {len(ids)}")
-    step = window - len(first)
-    found = list(_cut(ids, step)) or [ids]
-    if max_tokens is not None:
-        found = found[: -(-max_tokens // (window - 1))]
-    return [first + piece for piece in found]
+    from lacewing import quality
+    from lacewing.engine.scorer import LLMScorer
+
+    return quality.windows(LLMScorer(llm), text, window, max_tokens)
 
 
-def _cut(ids: list[int], step: int) -> Iterator[list[int]]:
-    for start in range(0, len(ids) - step + 1, step):
-        yield ids[start : start + step]
+# -- What is printed ------------------------------------------------------------------------------
+
+
+def _as_dict(results: list[Any]) -> dict[str, Any]:
+    """The perplexity's figures at the top, as ever; the rest below names of their own."""
+    from lacewing.quality import Accuracy, Divergence, Perplexity
+
+    found: dict[str, Any] = {}
+    for result in results:
+        if isinstance(result, Perplexity):
+            found = {**result.to_dict(), **found}
+        elif isinstance(result, Accuracy):
+            found.setdefault("items", []).append(result.to_dict())
+        elif isinstance(result, Divergence):
+            found["divergence"] = result.to_dict()
+    return found
+
+
+def _show(subject: Subject, results: list[Any]) -> None:
+    from lacewing.quality import Accuracy, Divergence, Perplexity
+
+    told = subject.told
+    bits = f", {told['bits_per_weight']:.2f} bits per weight" if "bits_per_weight" in told else ""
+    pairs = [("model", Path(told["model"]).name), ("format", told["format"] + bits)]
+    for result in results:
+        if isinstance(result, Perplexity):
+            pairs += _perplexity_lines(result)
+        elif isinstance(result, Divergence):
+            pairs += _divergence_lines(result)
+    screen.print_pairs(pairs)
+    files = [result for result in results if isinstance(result, Accuracy)]
+    if files:
+        screen.print_table(ACCURACY_COLUMNS, [_accuracy_row(each) for each in files], gap=True)
+    screen.note(f"intervals: 95 % of 1000 resampled figures, seed {results[0].seed}")
+
+
+ACCURACY_COLUMNS = ("items", "count", "scored tokens", "acc", "acc_norm", "target perplexity")
+
+
+def _accuracy_row(found: Accuracy) -> tuple[str, ...]:
+    return (
+        found.file,
+        f"{found.items:,}",
+        f"{found.scored_tokens:,}",
+        share(found.acc, found.acc_interval),
+        "-" if found.acc_norm is None else share(found.acc_norm, found.acc_norm_interval),
+        "-" if found.perplexity is None else figure(found.perplexity, found.perplexity_interval),
+    )
+
+
+def _perplexity_lines(found: Perplexity) -> Iterator[tuple[str, str]]:
+    yield "perplexity", figure(found.perplexity, found.interval)
+    yield "total", f"{found.nll:,.2f} nats"
+    yield (
+        "scored tokens",
+        f"{found.scored_tokens:,} in {found.windows} windows of {found.window}; "
+        f"resampled: {found.resampled}",
+    )
+
+
+def _divergence_lines(found: Divergence) -> Iterator[tuple[str, str]]:
+    yield "reference", f"{found.reference}, perplexity {found.reference_perplexity:.4f}"
+    ratio = figure(found.perplexity_ratio, found.perplexity_ratio_interval, 5)
+    yield "perplexity ratio", f"{ratio}, paired"
+    yield "KL(reference || model)", f"{figure(found.kl, found.kl_interval, 6)} nats"
+    yield (
+        "KL of tokens",
+        f"median {found.kl_median:.6f}, 99th percentile {found.kl_p99:.5f}, "
+        f"largest {found.kl_max:.4f}",
+    )
+    yield "same top token", share(found.agreement, found.agreement_interval)
+    yield "compared tokens", f"{found.scored_tokens:,} in {found.windows} windows of {found.window}"
+
+
+def figure(value: float, interval: Interval | None, digits: int = 4) -> str:
+    """`12.3456 [12.1, 12.6]`."""
+    spread = "" if interval is None else f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    return f"{value:.{digits}f}{spread}"
+
+
+def share(value: float, interval: Interval | None) -> str:
+    """`52.4% [48.0, 56.6]`."""
+    spread = "" if interval is None else f" [{interval.low:.1%}, {interval.high:.1%}]"
+    return f"{value:.1%}{spread}"

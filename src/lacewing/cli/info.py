@@ -73,6 +73,20 @@ def _head(found: dict[str, Any]) -> list[tuple[str, object]]:
             f"{screen.bytes_text(found['bytes'])}, {found['bits_per_weight']:.2f} bits per weight"
         )
         pairs.append(("size", size))
+    return pairs + _recipe(found.get("recipe"))
+
+
+def _recipe(record: Any) -> list[tuple[str, object]]:
+    """How the model was compressed, as far as the file says it in the expected words."""
+    record = record if isinstance(record, dict) else {}
+    recipe, data = record.get("recipe"), record.get("data")
+    pairs: list[tuple[str, object]] = []
+    if isinstance(recipe, dict) and isinstance(recipe.get("rules"), list):
+        pairs.append(("recipe", recipe.get("name") or f"{len(recipe['rules'])} rules"))
+    if isinstance(data, dict) and isinstance(data.get("files"), list):
+        names = [file.get("name") for file in data["files"] if isinstance(file, dict)]
+        said = f"{data.get('tokens')} tokens of {', '.join(map(str, names))}"
+        pairs.append(("calibrated on", f"{said}, seed {data.get('seed')}"))
     return pairs
 
 

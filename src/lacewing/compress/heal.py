@@ -14,9 +14,10 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,21 +28,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lacewing.checkpoint import Source
+from lacewing.checkpoint import Source, open_source
 from lacewing.checkpoint.files import new_directory, parse_json
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import MANIFEST, PackedSource
 from lacewing.compress import savepoint
 from lacewing.compress.columns import Solution
+from lacewing.compress.data import Windows, read_windows
 from lacewing.compress.divergence import divergence
 from lacewing.compress.master import LowRank, Master, Trainer
+from lacewing.compress.recipe import Calibration
 from lacewing.compress.rewrite import Packed, rewrite
 from lacewing.compress.student import Student
 from lacewing.compress.teacher import Teacher
 from lacewing.errors import RecipeError
 from lacewing.formats import PackedTensor
 
-__all__ = ["Healed", "Healing", "Progress", "heal_windows"]
+__all__ = ["Healed", "Healing", "Progress", "heal", "heal_windows"]
 
 Progress = Callable[[float, str], None]
 """Called after every step: the share of the work that is done, and a line that says how it goes."""
@@ -116,8 +119,44 @@ class Healed:
         return self.after < self.before
 
 
+def heal(
+    compressed: str | os.PathLike[str],
+    dense: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: Sequence[str | os.PathLike[str]],
+    healing: Healing,
+    *,
+    window: int = 512,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """`heal_windows` on all the text of the files `data` (`data.py` says which kinds), cut into
+    windows of `window` tokens. dense: any model file."""
+    student = open_source(compressed)
+    found = _windows(student, data, window, healing.seed)
+    return heal_windows(
+        student, open_source(dense), Path(out), found, healing, force=force, progress=progress
+    )
+
+
+def _windows(
+    source: Source, data: Sequence[str | os.PathLike[str]], window: int, seed: int
+) -> Tensor:
+    """Every whole window of every file."""
+
+    def read(file: str | os.PathLike[str], count: int) -> Windows:
+        wanted = Calibration(count * window, window, seed)
+        return read_windows([file], source.tokenizer, source.spec.vocab_size, wanted)
+
+    counts = {file: read(file, 1).files[0].tokens // window for file in data}
+    found = [torch.from_numpy(read(file, max(1, n)).ids) for file, n in counts.items()]
+    if not found:
+        raise RecipeError("healing needs data, got no file", hint="name a text file: --data")
+    return torch.cat(found)
+
+
 def heal_windows(
-    compressed: PackedSource,
+    compressed: Source,
     dense: Source,
     out: Path,
     windows: Tensor,
@@ -136,7 +175,9 @@ def heal_windows(
     Raises RecipeError (models that do not belong together, data of another tokenizer or too little
     of it, divergence), CheckpointError (out exists or cannot be written, a damaged file).
     """
+    out = Path(os.path.realpath(out))
     _check_pair(compressed, dense)
+    assert isinstance(compressed, PackedSource)
     _check_windows(windows, compressed, healing)
     work = out.with_name(f"{out.name}.work")
     identity = _identity(compressed, dense, windows, healing)
@@ -178,7 +219,7 @@ class _Run:
         self.trainer = Trainer(self.student.masters, self.student.norms().values())
         self.per_step = max(1, healing.tokens // windows.shape[1])
         self.order = (0, torch.arange(self.trained))
-        self.step, self.spent = 0, 0.0
+        self.step, self.spent, self.looking = 0, 0.0, 0.0
         self.history: list[tuple[int, float, float]] = []
         self._resume()
         self.student.write()
@@ -196,7 +237,7 @@ class _Run:
         try:
             if not self.history:
                 self._look()
-            while self._share() < 1:
+            while self._share() < 1 and len(self.history) <= _LOOKS:
                 self._advance()
                 if self._share() * _LOOKS >= len(self.history):
                     self._look()
@@ -207,12 +248,11 @@ class _Run:
             raise
 
     def _share(self) -> float:
-        """How much of the work is done. The last look at held-out windows belongs to the time."""
+        """How much of the work is done; time is kept for a last look at the held-out windows."""
         if self.healing.steps is not None:
             return self.step / self.healing.steps
         assert self.healing.minutes is not None
-        looking = self.look_seconds if len(self.history) <= _LOOKS else 0.0
-        return self._seconds() / max(1e-9, 60 * self.healing.minutes - looking)
+        return self._seconds() / max(1e-9, 60 * self.healing.minutes - self.looking)
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.began
@@ -258,16 +298,18 @@ class _Run:
 
     def _look(self) -> None:
         """KL on the held-out windows, and what is trained put aside if it is the best so far."""
+        held = torch.arange(self.held_out)
+        self.teacher.hidden(held[-1:])  # which takes its time once
         begin = time.monotonic()
         with torch.no_grad():
-            each = [self._loss(i, 0.0).item() for i in torch.arange(self.held_out).split(1)]
+            each = [self._loss(i, 0.0).item() for i in held.split(1)]
         found = sum(each) / len(each)
         if not math.isfinite(found):
             raise self._diverged()
         if self.history and found < min(loss for _, _, loss in self.history):
             savepoint.save(self.work / _BEST, self._trained_tensors(), {"step": self.step})
         self.history.append((self.step, round(self._seconds(), 1), found))
-        self.look_seconds = time.monotonic() - begin
+        self.looking = self.looking or time.monotonic() - begin
         self._tell("")
 
     def _tell(self, text: str) -> None:
@@ -324,7 +366,12 @@ class _Run:
 
     def _save(self) -> None:
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
-        facts = {"step": self.step, "seconds": self._seconds(), "history": self.history}
+        facts = {
+            "step": self.step,
+            "seconds": self._seconds(),
+            "looking": self.looking,
+            "history": self.history,
+        }
         savepoint.save(self.work / _STATE, tensors, facts)
         self.saved = time.monotonic()
 
@@ -334,7 +381,7 @@ class _Run:
             return
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
         facts = savepoint.load(path, tensors)
-        self.step, self.spent = facts["step"], facts["seconds"]
+        self.step, self.spent, self.looking = facts["step"], facts["seconds"], facts["looking"]
         self.history = [(step, seconds, loss) for step, seconds, loss in facts["history"]]
         self.trainer.count(self.step)
 

@@ -259,8 +259,8 @@ class Trainer:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(torch.stack([g.norm() for g in gradients]).norm())
         if math.isfinite(norm):
-            for gradient in gradients:
-                gradient.mul_(min(1.0, clip / norm) if norm else 1.0)
+            for gradient in gradients if norm > clip else ():
+                gradient *= clip / norm
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["size"]
             self.optimizer.step()

@@ -60,6 +60,15 @@ class Problem:
         """
         return self._factor(self.damped)
 
+    def aiming(self, weight: Tensor, name: str | None = None) -> Problem:
+        """The problem of another weight that reads the same inputs; what is known of them goes
+        along."""
+        other = Problem(name or self.name, weight, self.hessian, self.tokens)
+        for key in ("damped", "diagonal", "inverse_factor"):
+            if key in self.__dict__:
+                other.__dict__[key] = self.__dict__[key]
+        return other
+
     def ordered_factor(self, order: Tensor) -> Tensor:
         """`inverse_factor` of the inputs in `order`, `[k]` indices."""
         return self._factor(self.damped[order][:, order])

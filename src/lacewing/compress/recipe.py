@@ -39,15 +39,15 @@ from lacewing.models import DecoderSpec
 
 __all__ = ["PRESETS", "RATIOS", "SMOOTH", "SOLVERS", "Calibration", "Recipe", "Reconstruct", "Rule"]
 
-SOLVERS = ("nearest", "magnitude", "wanda", "columns", "blocks")
+SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
 """`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
 prunes and rounds jointly (SparseGPT, GPTQ); `blocks` prunes whole blocks by second order, then goes
 by columns."""
-RATIOS = ("uniform", "owl")
+RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
 
-_JOINT = ("columns", "blocks")
+_JOINT = ("columns", "admm", "blocks")
 _Made = TypeVar("_Made")
 
 
@@ -160,7 +160,7 @@ class Recipe:
     ratios: str = "uniform"
     smooth: str = "none"
     reorder: bool = False
-    correct: bool = True
+    correct: float = 0.5
     reconstruct: Reconstruct | None = None
     name: str = ""
 
@@ -173,7 +173,8 @@ class Recipe:
         check_choice("recipe", "ratios", self.ratios, RATIOS)
         check_choice("recipe", "smooth", self.smooth, SMOOTH)
         check_flag("recipe", "reorder", self.reorder)
-        check_flag("recipe", "correct", self.correct)
+        share = check_number("recipe", "correct", self.correct, "a number in [0, 1]", below=1.001)
+        object.__setattr__(self, "correct", min(share, 1.0))
         if not isinstance(self.reconstruct, (Reconstruct, type(None))):
             fail("`reconstruct`", "steps and rate, or nothing", shown(self.reconstruct))
         if not isinstance(self.name, str):

@@ -1,4 +1,4 @@
-"""Coordinate descent: every level, and every scale, is put where the error is least given all others.
+"""Coordinate descent: every level, and every scale, where the error is least given all others.
 
 The column solver decides each weight once, and never looks back. Here the objective itself goes
 down, tr((W' - W) H (W' - W)^T): with G = (W' - W) H, the best value of weight j of a row is
@@ -58,7 +58,8 @@ class _State:
                 return
             part = slice(g * self.size, (g + 1) * self.size)
             levels, h = self.levels[part], self.h[part, part]
-            self._try(part, g, Scales(_best(scales.scale, levels, self.gradient[part], h), scales.base))
+            best = _best(scales.scale, levels, self.gradient[part], h)
+            self._try(part, g, Scales(best, scales.base))
             if scales.base is not None:
                 ones = torch.ones_like(levels)
                 base = _best(scales.base, ones, self.gradient[part], h)
@@ -93,7 +94,7 @@ class _State:
             self.gradient.addmm_(self.h[:, part], self.values[part] - before)
 
     def _round_block(self, part: slice, gradient: Tensor) -> None:
-        """The columns of `part`, one after the other; `gradient` `[columns, n]` follows within it."""
+        """The columns of `part` in turn; `gradient` `[columns, n]` follows within it."""
         h = self.h[part, part]
         for j in range(len(gradient)):
             column = part.start + j

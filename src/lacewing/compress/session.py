@@ -1,4 +1,4 @@
-"""The work directory of one compression: what a killed process leaves for the next one to go on from.
+"""The work directory of one compression, from which a killed one goes on.
 
     state.json               {"session": 1, "digest": "..", "blocks": 30, "shape": [..],
                               "finished": 7}: replaced last, so that all it counts is on disk
@@ -8,8 +8,9 @@
                              activations `[windows, tokens, hidden_size]` of the two paths: what the
                              next block reads, and what it is writing
 
-Of each path the file whose number is `finished % 2` is read and the other one written: a process may
-die at any instant, and what the next one reads is whole. The directory is locked while it is used.
+Of each path the file whose number is `finished % 2` is read and the other one written: a process
+may die at any instant, and what the next one reads is whole. The directory is locked while it is
+used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ Packed = PackedTensor | npt.NDArray[np.float32]
 
 _VERSION = 1
 _STATE = "state.json"
-_OURS = re.compile(r"state\.json(\.new)?|block-\d+\.(safetensors|json)|\w+\.[01]\.f32")
+_OURS = re.compile(r"(state|note-\w+)\.json(\.new)?|block-\d+\.(safetensors|json)|\w+\.[01]\.f32")
 _RESTART = "begin anew with --restart (`restart=True`)"
 
 
@@ -175,6 +176,18 @@ class Session:
                 os.posix_fallocate(handle.fileno(), 0, 4 * count)
         mapped = torch.from_file(str(file), shared=True, size=count, dtype=torch.float32)
         return mapped.view(self.shape)
+
+    def remember(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `make` returns, or returned before the process was killed."""
+        file = self.place / f"note-{key}.json"
+        if not file.exists():
+            with _writing(self.place):
+                new = file.with_suffix(".json.new")
+                new.unlink(missing_ok=True)
+                write_file(new, json.dumps(make()).encode())
+                new.replace(file)
+        found: dict[str, float] = read_json(file)
+        return found
 
     # -- blocks -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What a layer should aim at, when what it reads is no longer what the dense model reads.
 
-Layers before it are compressed already: it is given x' in place of x. The outputs it should have are
-W x, and for a layer that writes to the residual stream also what the stream has lost, r - r'. So
+Layers before it are compressed already: it is given x' in place of x. The outputs it should have
+are W x, and for a layer that writes to the residual stream also what that has lost, r - r'. So
 
     minimise  |W* x' - W x - (r - r')|^2   =>   W* = W + (W C + R) H^-1
 
@@ -19,17 +19,23 @@ from lacewing.compress.problem import Problem
 
 __all__ = ["corrected"]
 
+_RIDGE = 0.3
+"""Damping of the correction, a share of the Hessian's mean diagonal: directions in which there was
+little to see keep their weights."""
+
 
 def corrected(
     problem: Problem, lost: Tensor, stream: Tensor | None = None, share: float = 1.0
 ) -> Problem:
-    """The problem with W* in place of W.
+    """The problem with W + share * (W* - W) in place of W.
 
-    lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share: how
-    much of the correction is made; all of it fits the calibration text best, and others less.
+    lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share:
+    all of the correction fits the calibration text best, and others less.
     """
     moved = problem.weight @ lost
     if stream is not None:
         moved = moved + stream
-    step = torch.linalg.solve(problem.damped.double(), moved.double().t()).t().float()
-    return Problem(problem.name, problem.weight + share * step, problem.hessian, problem.tokens)
+    h = problem.damped.double()
+    h.diagonal().add_(_RIDGE * h.diagonal().mean())
+    step = torch.cholesky_solve(moved.double().t(), torch.linalg.cholesky(h)).t().float()
+    return problem.aiming(problem.weight + share * step)

@@ -6,15 +6,19 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lacewing.checkpoint import Source
+from lacewing.checkpoint.files import fail
 from lacewing.compress.decoder import STAGES, Block, Decoder, rms_norm
 from lacewing.compress.divergence import Head
 from lacewing.errors import RecipeError
 
 __all__ = ["Teacher", "hold"]
+
+F16 = npt.NDArray[np.float16]
 
 _CHUNK = 1 << 15
 """Tokens read at once: reading every block of the file anew is then little of the work."""
@@ -55,19 +59,17 @@ class Teacher:
             rows.append(torch.from_numpy(self._chunk(chunk)[row].astype(np.float32)))
         return torch.stack(rows)
 
-    def _chunk(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+    def _chunk(self, index: int) -> F16:
         path = self.place / f"teacher.{index}.npy"
+        ids = self.windows[index * self._per_chunk :][: self._per_chunk]
         if not path.exists():
-            begin = index * self._per_chunk
-            found = self._read(self.windows[begin : begin + self._per_chunk])
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                np.save(file, found.numpy(), allow_pickle=False)
+                np.save(file, self._read(ids).numpy(), allow_pickle=False)
                 os.fsync(file.fileno())
             partial.replace(path)
-        out: np.ndarray[tuple[int, ...], np.dtype[np.float16]]
-        out = np.load(path, mmap_mode="r", allow_pickle=False)
-        return out
+        shape = (*ids.shape, self._decoder.spec.hidden_size)
+        return _open(path, shape)
 
     @torch.no_grad()
     def _read(self, ids: Tensor) -> Tensor:
@@ -86,3 +88,13 @@ class Teacher:
                 hint="the dense model overflows on the text it is to be distilled on",
             )
         return out
+
+
+def _open(path: Path, shape: tuple[int, ...]) -> F16:
+    try:
+        found: F16 = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        fail(str(path), "a file of numpy", str(error), "delete it: it is made anew")
+    if found.shape != shape or found.dtype != np.float16:
+        fail(str(path), f"float16 {list(shape)}", f"{found.dtype} {list(found.shape)}", "delete it")
+    return found

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lacewing.engine.blocks import BLOCK_SIZE, BlockManager
 from lacewing.engine.runner import Runner
-from lacewing.engine.sampling import SamplingParams, log_total
+from lacewing.engine.sampling import Sampler, SamplingParams, log_total
 from lacewing.engine.scheduler import Chunk, Scheduler
 from lacewing.engine.sequence import FinishReason, Sequence
 from lacewing.engine.stops import Decoder, Writer
@@ -43,6 +43,8 @@ class Engine:
         self.scheduler = Scheduler(BlockManager(runner.kv_blocks), token_budget, max_sequences)
         self._new_decoder = new_decoder
         self._eos = frozenset(eos_token_ids)
+        # What `logits` has read last. It is no request: a step takes its blocks back.
+        self._held = Sequence([], SamplingParams(), Sampler(SamplingParams(), []), None, 0)
 
     def check(self, prompt: Ids[int]) -> list[int]:
         """The prompt as a list of ints. Raises `RequestError` if it cannot be served: empty,
@@ -73,6 +75,7 @@ class Engine:
         Whatever interrupts it (Ctrl-C, an error of the model) leaves the engine usable: all
         sequences are computed again from their tokens.
         """
+        self._let_go()
         try:
             chunks = self.scheduler.schedule()
             if not chunks:
@@ -106,28 +109,64 @@ class Engine:
                 f"got {len(ids)}",
                 hint="score a longer text in windows",
             )
-        sequence = Sequence.start(ids[:-1], SamplingParams(), None, self.runner.max_context)
-        blocks = self.scheduler.blocks
         try:
-            if not blocks.reserve(sequence.table, len(sequence.tokens)):
+            rows = (row for chunk in self._logits(ids[:-1], 0) for row in chunk)
+            scores = [float(row[t]) - log_total(row) for row, t in zip(rows, ids[1:], strict=True)]
+            return np.array(scores, np.float32)
+        finally:
+            self._let_go()
+
+    def logits(self, tokens: Ids[int], start: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Logits of what follows each of the tokens `[start, n)`: f32 chunks `[rows, vocab]`.
+
+        Memory is bounded as in `score`. Keys and values of the last call stay in the cache until
+        the next step, so tokens before `start` that both calls begin with are not computed again.
+        Steps, and other calls, in between chunks are fine. Raises `RequestError` for no tokens,
+        more than the context holds, ids outside the vocabulary, `start` outside of the tokens.
+        """
+        ids = self._check_ids(tokens)
+        if len(ids) > self.runner.max_context:
+            raise RequestError(
+                f"`logits` takes 1 to {self.runner.max_context} tokens (the context), "
+                f"got {len(ids)}",
+                hint="read a longer text in windows",
+            )
+        if not 0 <= start < len(ids):
+            raise RequestError(f"`start` must be in [0, {len(ids)}), the tokens, got {start}")
+        return self._logits(ids, start)
+
+    def _logits(self, ids: list[int], start: int) -> Iterator[NDArray[np.float32]]:
+        rows = max(BLOCK_SIZE, _SCORE_BYTES // (4 * self.runner.vocab_size))
+        for first in range(start, len(ids), rows):
+            yield self._read(ids, first, min(first + rows, len(ids)))
+
+    def _read(self, ids: list[int], first: int, stop: int) -> NDArray[np.float32]:
+        """Logits after the tokens `[first, stop)`; those before them get into the cache first,
+        where they are not there from the call before."""
+        held, blocks = self._held, self.scheduler.blocks
+        held.computed = _shared(held.tokens[: held.computed], ids[:first])
+        held.tokens = ids
+        try:
+            if not blocks.reserve(held.table, stop):
+                self._let_go()
                 self.scheduler.preempt_all()
-                blocks.reserve(sequence.table, len(sequence.tokens))
-            return np.array(list(self._scores(sequence, ids[1:])), np.float32)
+                blocks.reserve(held.table, stop)
+            while held.computed < first:
+                count = min(first - held.computed, self.scheduler.token_budget)
+                self.runner.step([Chunk(held, held.computed, count, False)])
+                held.computed += count
+            logits = self.runner.step([Chunk(held, first, stop - first, False)], every_row=True)
         except BaseException:
-            del sequence.table[:]
+            self._let_go()
             self.scheduler.preempt_all()
             raise
-        finally:
-            blocks.release(sequence.table)
+        held.computed = stop
+        return logits
 
-    def _scores(self, sequence: Sequence, targets: list[int]) -> Iterator[float]:
-        rows = max(BLOCK_SIZE, _SCORE_BYTES // (4 * self.runner.vocab_size))
-        for start in range(0, len(targets), rows):
-            wanted = targets[start : start + rows]
-            chunk = Chunk(sequence, start, len(wanted), False)
-            logits = self.runner.step([chunk], every_row=True)
-            for row, target in zip(logits, wanted, strict=True):
-                yield float(row[target]) - log_total(row)
+    def _let_go(self) -> None:
+        """Forgets what `logits` has left in the cache."""
+        self._held.computed = 0
+        self.scheduler.blocks.release(self._held.table)
 
     def _check_ids(self, tokens: Ids[int]) -> list[int]:
         try:
@@ -167,3 +206,9 @@ class Engine:
             reason = "stop"  # a stop string came out of the bytes held back
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
+
+
+def _shared(tokens: Ids[int], others: Ids[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = zip(tokens, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(others)))

@@ -216,6 +216,23 @@ class LLM:
         with self._lock:
             return self.engine.score(token_ids)
 
+    def logits(self, token_ids: List[int], start: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Logits of what follows each of the tokens `[start, n)`, in chunks f32 `[rows, vocab]`.
+
+        Checked now, computed chunk by chunk; memory is bounded as in `score`. Tokens before `start`
+        that the call before began with too are not computed again. Raises `RequestError`.
+        """
+        return self._chunks(self.engine.logits(token_ids, start))
+
+    def _chunks(self, chunks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        while True:
+            with self._lock:  # not while the caller works on a chunk
+                self.engine  # noqa: B018  # raises where the LLM was closed meanwhile
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
     # -- Life -----------------------------------------------------------------------------------
 
     @property

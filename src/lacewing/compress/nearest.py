@@ -1,0 +1,51 @@
+"""Round to nearest: nothing makes up for an error, but scales are searched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lacewing.compress.columns import Solution
+from lacewing.compress.grid import Grid
+from lacewing.compress.masks import choose_mask, magnitude
+from lacewing.compress.problem import Problem
+
+__all__ = ["round_nearest", "solve_magnitude", "solve_nearest"]
+
+
+def solve_nearest(problem: Problem, grid: Grid, sparsity: float = 0.0) -> Solution:
+    """Without data: the smallest weights go, and scales leave the least squared error."""
+    return round_nearest(problem.weight, grid, _smallest_gone(problem, grid, sparsity))
+
+
+def solve_magnitude(problem: Problem, grid: Grid, sparsity: float = 0.0) -> Solution:
+    """The smallest weights go; scales leave the least error weighted by the size of the inputs."""
+    mask = _smallest_gone(problem, grid, sparsity)
+    return round_nearest(problem.weight, grid, mask, problem.diagonal)
+
+
+def round_nearest(
+    weight: Tensor, grid: Grid, mask: Tensor | None = None, importance: Tensor | None = None
+) -> Solution:
+    """weight: `[n, k]`. mask: bool `[n, k]`, True for the weights that stay. importance: `[k]`,
+    what a squared error in each input counts; the diagonal of a Hessian, for instance."""
+    n, k = weight.shape
+    size = grid.group_size(k)
+    if importance is None:
+        importance = torch.ones(k)
+    kept = torch.ones(n, k, dtype=torch.bool) if mask is None else mask
+    levels, scales = torch.empty_like(weight), []
+    for begin in range(0, k, size):
+        part = slice(begin, begin + size)
+        w = weight[:, part] * kept[:, part]
+        scales.append(grid.fit(w, importance[part] * kept[:, part]))
+        levels[:, part] = grid.levels(w, scales[-1])
+        if mask is not None:
+            levels[:, part] *= kept[:, part]
+    return Solution(grid, levels, scales)
+
+
+def _smallest_gone(problem: Problem, grid: Grid, sparsity: float) -> Tensor | None:
+    if not sparsity and grid.format.fixed_sparsity is None:
+        return None
+    return choose_mask(magnitude(problem.weight), grid.format, sparsity)
