@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CALIBRATION = {"tokens": 65536, "window": 2048, "seed": 0}
+CALIBRATION = {"tokens": 32768, "window": 512, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ def nearest(format: str, own_grid: bool = False) -> Configuration:
 
 
 def calibrated(format: str, words: str = "calibrated", **more: Any) -> Configuration:
-    """Every layer's columns in turn against its Hessian (GPTQ)."""
+    """Every layer's columns in turn against its Hessian."""
     rule = {"match": "*", "format": format, "solver": "columns", **more.pop("rule", {})}
     return Configuration(f"{format} {words}", "calibrated", recipe=recipe(rule, **more))
 
 
 def sparse(format: str, sparsity: float, solver: str = "columns", **more: Any) -> Configuration:
-    """Pruned and rounded jointly by `columns`; by the others pruned, then rounded."""
+    """Pruned and rounded jointly; by `wanda` and `magnitude` pruned, then rounded."""
     rule = {"match": "*", "format": format, "solver": solver, "sparsity": sparsity}
-    words = {"columns": "joint", "blocks": "joint"}.get(solver, solver)
+    words = {"admm": "joint", "columns": "joint", "blocks": "joint"}.get(solver, solver)
     name = f"{format} {sparsity:.0%} {words}"
     return Configuration(name, "sparse", recipe=recipe(rule, **more))
 
@@ -90,20 +90,18 @@ def table(own_grid: tuple[str, ...] = (), own_kind: str = "") -> list[Configurat
     found += [nearest(format, own_grid=True) for format in own_grid]
     if not own_grid:
         found += [nearest("w5a8g32z"), nearest("w4a8g32z")]
-    found += [calibrated(format) for format in (*EIGHT, *FEWER)]
     found += [
-        calibrated(format, "calibrated, refined", rule={"act_order": True, "refine": 2})
-        for format in ("w4a8g32", "w3a8g64", "w2a8g64")
+        calibrated(format, rule={"refine": 2})
+        for format in ("w4a8g64", "w4a8g128", "w3a8g64", "w2a8g64")
     ]
-    for solver in ("magnitude", "wanda", "columns"):
-        found.append(sparse("w8a8g64_sp", 0.5, solver))
-        found.append(sparse("w4a8g64_sp", 0.5, solver))
+    found.append(calibrated("w4a8g32", "GPTQ", correct=0.0))
+    found.append(calibrated("w8a8", "smoothed", smooth="smoothquant"))
+    for format in ("w8a8g64_sp", "w4a8g64_sp"):
+        found.append(sparse(format, 0.5, "wanda"))
     found += [
-        sparse("w8a8g64_sp", 0.3),
-        sparse("w4a8g64_sp", 0.3),
-        sparse("bf16_sp", 0.5),
-        sparse("w8a8g64_24", 0.5),
-        sparse("w4a8g64_24", 0.5),
+        sparse("w8a8g64_sp", 0.3, "admm"),
+        sparse("w4a8g64_sp", 0.5, "admm"),
+        sparse("w4a8g64_24", 0.5, "admm"),
         sparse("w8a8_b16x1", 0.5, "blocks"),
     ]
     found += [

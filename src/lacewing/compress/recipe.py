@@ -4,7 +4,7 @@
     rules:                                  # the first rule that matches a weight wins
       - {match: "*.down_proj", format: w8a8g64}
       - {match: "*", format: w4a8g64_sp, solver: columns, sparsity: 0.5}
-    calibration: {tokens: 65536, window: 2048, seed: 0}
+    calibration: {tokens: 32768, window: 512, seed: 0}
     ratios: owl
     reconstruct: {steps: 50, rate: 1e-4}
 
@@ -110,8 +110,8 @@ class Calibration:
     """tokens: in all. window: tokens that are read in one piece, at most the model's context.
     seed: which windows are drawn."""
 
-    tokens: int = 65536
-    window: int = 2048
+    tokens: int = 32768
+    window: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
