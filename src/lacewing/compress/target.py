@@ -35,7 +35,7 @@ def corrected(
     moved = problem.weight @ lost
     if stream is not None:
         moved = moved + stream
-    h = problem.damped.double()
+    h = problem.damped.clone()
     h.diagonal().add_(_RIDGE * h.diagonal().mean())
-    step = torch.cholesky_solve(moved.double().t(), torch.linalg.cholesky(h)).t().float()
+    step = torch.cholesky_solve(moved.t(), torch.linalg.cholesky(h)).t()
     return problem.aiming(problem.weight + share * step)
