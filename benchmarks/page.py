@@ -241,9 +241,8 @@ def conditions(record: dict[str, Any]) -> str:
     ]
     for name, task in rows[0]["tasks"].items():
         words.append(f"{TASKS.get(name, name)}: {task['items']} items.")
-    data = sorted({row["made"]["data"] for row in rows if "data" in row["made"]})
-    if data:
-        words.append(f"Calibrated on {', '.join(data)}; tokens and seeds are in each recipe.")
+    words += sorted({calibration(row["made"]["data"]) for row in rows if "data" in row["made"]})
+    words += [healing(row) for row in rows if "healed" in row["made"]]
     words.append(f"Intervals are drawn with seed {record['seed']}.")
     if run := record.get("run"):
         words.append(
@@ -251,6 +250,20 @@ def conditions(record: dict[str, Any]) -> str:
             f" in one run of {run['time'][:10]}."
         )
     return " ".join(words)
+
+
+def calibration(data: dict[str, Any]) -> str:
+    names = ", ".join(str(file["name"]) for file in data["files"])
+    return f"Calibrated on {data['tokens']:,} tokens of {names}, seed {data['seed']}."
+
+
+def healing(row: dict[str, Any]) -> str:
+    notes = row["made"]["healed"]
+    minutes = notes["seconds"] / 60
+    return (
+        f"{cell(row['name'])}: {notes['tokens_seen']:,} tokens in {minutes:.0f} minutes, "
+        f"seed {notes['seed']}."
+    )
 
 
 def embeddings(record: dict[str, Any]) -> str:

@@ -179,7 +179,8 @@ def _steps(edge: Sequence[Point], x: Axis, y: Axis, rising: bool) -> Iterator[st
 
 
 def _marks(points: Sequence[Point], edge: Sequence[Point], x: Axis, y: Axis) -> Iterator[str]:
-    """Marks, then labels over them: those of the frontier find their places first, in bold."""
+    """Marks, then labels over them: those of the frontier are on top, and find their places first,
+    in bold."""
     order = sorted(points, key=lambda p: (p not in edge, p.family != "llama.cpp", p.y))
     words = [_label(point, x, y) for point in order]
     at = [(x(point.x), y(point.y)) for point in order]
@@ -188,7 +189,7 @@ def _marks(points: Sequence[Point], edge: Sequence[Point], x: Axis, y: Axis) -> 
     for point, (u, v), box in zip(order, at, boxes, strict=True):
         if box:
             yield from _leader(u, v, box, _class(point))
-    for point, (u, v) in zip(order, at, strict=True):
+    for point, (u, v) in reversed(list(zip(order, at, strict=True))):
         yield _symbol(point.family, u, v, point.own_grid, point.hint or point.name)
     for point, text, box in zip(order, words, boxes, strict=True):
         if box:

@@ -147,8 +147,7 @@ class Job:
             made = {"commit": harness.commit(), "seconds": round(time.perf_counter() - start, 1)}
             if instead := told.get("dense_instead"):
                 made["dense_instead"] = instead
-            if one.calibrated:
-                made |= {"data": self.args.calibration.name, "recipe": one.recipe or one.preset}
+            made |= manifest_notes(path)
             facts = {"name": one.name, "digest": self.digest(one), "path": str(path), "made": made}
             self.store.write(one, facts | {"bytes": file_bytes(path)})
 
@@ -277,6 +276,17 @@ class Job:
         """Of all matrices of the model; a head that is the embedding is counted once."""
         shapes = open_source(self.args.model).spec.tensor_shapes().values()
         return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def manifest_notes(path: Path) -> dict[str, Any]:
+    """What a packed directory says of how it was made: the recipe, its data, how it was healed."""
+    file = path / "lacewing.json"
+    if not file.exists():
+        return {}
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    notes = dict(manifest.get("recipe") or {})
+    notes.pop("layers", None)  # a row of figures per matrix
+    return notes | ({"healed": manifest["healed"]} if "healed" in manifest else {})
 
 
 def last_run(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,11 +37,13 @@ RECORD: dict[str, Any] = {
         row("bf16", 270_000_000, 20.0, dense=True, speed={"median": 40}),
         row("w4a8g32", 91_000_000, 25.0, speed={"median": 100}),
         row("w4a8g32 calibrated", 91_000_000, 22.0, family="calibrated", speed={"median": 100},
-            made={"data": "c4_200.jsonl"}),
+            made={"data": {"files": [{"name": "c4_200.jsonl"}], "tokens": 65536, "seed": 3}}),
         row("w4a8g32z", 80_000_000, 20.0, own_grid=True, speed={"median": 120}),
         row("Q8_0", 145_000_000, 20.1, family="llama.cpp", speed={"median": 60}),
         row("w8a8g64_sp 50%", 95_000_000, 30.0, family="sparse",
             made={"dense_instead": [{"tensors": 3}, {"tensors": 4}]}),
+        row("w3 healed", 75_000_000, 23.0, family="healed",
+            made={"healed": {"tokens_seen": 123_456, "seconds": 1201.0, "seed": 5}}),
     ],
 }  # fmt: skip
 
@@ -81,8 +83,10 @@ def test_names_cannot_break_a_table() -> None:
 
 def test_conditions_give_tokens_items_seed_and_machine() -> None:
     text = page.conditions(RECORD)
-    for word in ("61,410", "2048", "LAMBADA: 200 items", "seed 7", "a CPU", "c4_200.jsonl"):
-        assert word in text
+    for words in ("61,410", "2048", "LAMBADA: 200 items", "seed 7", "a CPU"):
+        assert words in text
+    assert "Calibrated on 65,536 tokens of c4_200.jsonl, seed 3." in text
+    assert "w3 healed: 123,456 tokens in 20 minutes, seed 5." in text
 
 
 def test_a_region_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:

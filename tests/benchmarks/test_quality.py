@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,6 @@ def test_other_settings_are_evaluated_anew(
 def test_another_model_under_the_same_name_is_noticed(
     job: quality.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     seen = judge_counts(monkeypatch)
     job.make()
     job.quality()
@@ -164,6 +163,16 @@ def test_speeds_of_an_earlier_run_are_left_out() -> None:
     assert quality.last_run(rows) == {"time": "2026-01-02"}
     assert rows == [{"name": "a"}, {"name": "b", "speed": {"median": 2.0}}, {"name": "c"}]
     assert quality.last_run([{"name": "c"}]) == {}
+
+
+def test_a_manifest_says_how_it_was_made(tmp_path: Path) -> None:
+    assert quality.manifest_notes(tmp_path) == {}
+    data = {"files": [{"name": "c4.jsonl"}], "tokens": 65536, "seed": 0}
+    manifest = {"recipe": {"recipe": {"name": "small"}, "data": data, "layers": [{"name": "q"}]}}
+    (tmp_path / "lacewing.json").write_text(json.dumps(manifest))
+    assert quality.manifest_notes(tmp_path) == {"recipe": {"name": "small"}, "data": data}
+    (tmp_path / "lacewing.json").write_text(json.dumps({"recipe": None, "healed": {"seed": 1}}))
+    assert quality.manifest_notes(tmp_path) == {"healed": {"seed": 1}}
 
 
 def test_tasks_are_called_by_their_files() -> None:
