@@ -149,7 +149,7 @@ def test_items_of_both_kinds(call: Call, tiny_gguf: Path, tmp_path: Path) -> Non
     status, out, err = call("eval", tiny_gguf, *options, "--limit", "1")
     assert status == 0, err
     assert "acc_norm" in out
-    assert "seed 0" in err
+    assert "seed 0" in out
 
 
 def test_a_model_against_its_own_rounding(call: Call, tiny_hub: Path, text: Path) -> None:

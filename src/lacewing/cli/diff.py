@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lacewing.cli import screen
-from lacewing.cli.evaluate import figure, run_tasks, share
+from lacewing.cli.evaluate import LONG, figure, intervals, run_tasks, share
 from lacewing.cli.screen import KV_HELP
 from lacewing.errors import RequestError
 
@@ -72,7 +72,7 @@ def diff(
     read = None if text is None else Text.read(text, window, max_tokens)
     files = [read_items(path, limit) for path in items or ()]
     source = _prompt_source(prompts, read)
-    room = window if read is not None and window > 4096 else None
+    room = window if read is not None and window > LONG else None
     opened = [
         open_llm(m, f, threads, kv, max_context=room) for m, f in ((a, format_a), (b, format_b))
     ]
@@ -184,14 +184,15 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 def _show(found: dict[str, Any], seed: int) -> None:
     screen.print_table(("", "A", "B", "B / A"), list(_sides(found)))
+    if "divergence" in found or "items" in found:
+        print()
+        screen.print_pairs([("intervals", intervals(seed))])
     if "divergence" in found:
         _show_divergence(found["divergence"])
     if "answers" in found:
         _show_answers(found["answers"])
     if "items" in found:
         _show_items(found["items"])
-    if "divergence" in found or "items" in found:
-        screen.note(f"intervals: 95 % of 1000 resampled figures, seed {seed}")
 
 
 def _sides(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -209,10 +210,12 @@ def _sides(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         each: Divergence = found["divergence"]
         before, after = f"{each.reference_perplexity:.4f}", f"{each.perplexity:.4f}"
         ratio = figure(each.perplexity_ratio, each.perplexity_ratio_interval)
-        yield "perplexity", before, after, ratio
+        yield f"perplexity of {each.scored_tokens:,} tokens", before, after, ratio
     if "speed" in found:
-        rates = found["speed"]["tokens_per_s"]
-        yield "decoded tokens/s", f"{rates[0]:.1f}", f"{rates[1]:.1f}", f"{rates[1] / rates[0]:.3f}"
+        speed = found["speed"]
+        a, b = speed["tokens_per_s"]
+        conditions = f"decoding {speed['tokens']} tokens, {speed['threads']} threads"
+        yield f"tokens/s {conditions}", f"{a:.1f}", f"{b:.1f}", f"{b / a:.3f}"
 
 
 def _show_divergence(found: Divergence) -> None:

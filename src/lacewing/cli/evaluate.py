@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lacewing.engine import LLM
     from lacewing.quality import Accuracy, Divergence, Interval, Items, Perplexity, Scorer, Text
 
-_LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
+LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def run_tasks(scorer: Scorer, tasks: list[Any], seed: int, title: str = "scoring
 def _context(text: Text | None, files: list[Items]) -> int | None:
     """Tokens of a sequence: what the text needs; as many as usual, where the items' needs are not
     known yet."""
-    if text is None or (files and text.window <= _LONG):
+    if text is None or (files and text.window <= LONG):
         return None
     return text.window
 
@@ -193,14 +193,20 @@ def _show(subject: Subject, results: list[Any]) -> None:
             pairs += _perplexity_lines(result)
         elif isinstance(result, Divergence):
             pairs += _divergence_lines(result)
-    screen.print_pairs(pairs)
+    screen.print_pairs([*pairs, ("intervals", intervals(results[0].seed))])
     files = [result for result in results if isinstance(result, Accuracy)]
     if files:
-        screen.print_table(ACCURACY_COLUMNS, [_accuracy_row(each) for each in files], gap=True)
-    screen.note(f"intervals: 95 % of 1000 resampled figures, seed {results[0].seed}")
+        screen.print_table(_ACCURACY_COLUMNS, [_accuracy_row(each) for each in files], gap=True)
 
 
-ACCURACY_COLUMNS = ("items", "count", "scored tokens", "acc", "acc_norm", "target perplexity")
+def intervals(seed: int) -> str:
+    """What the brackets hold."""
+    from lacewing.quality.bootstrap import CONFIDENCE, RESAMPLES
+
+    return f"[{CONFIDENCE:.0%} of {RESAMPLES} resampled figures], seed {seed}"
+
+
+_ACCURACY_COLUMNS = ("items", "count", "scored tokens", "acc", "acc_norm", "target perplexity")
 
 
 def _accuracy_row(found: Accuracy) -> tuple[str, ...]:

@@ -65,9 +65,9 @@ def compare_answers(a: Scorer, b: Scorer, prompts: Sequence[str], count: int) ->
         raise RequestError("answers are compared on at least one prompt, got none")
     check_same_tokens(a, b, *prompts)
     ids = [a.encode(prompt, True) for prompt in prompts]
-    for prompt, tokens in zip(ids, prompts, strict=True):
-        if not prompt:
-            raise RequestError(f"a prompt must have at least one token, got {tokens!r}")
+    for tokens, prompt in zip(ids, prompts, strict=True):
+        if not tokens:
+            raise RequestError(f"a prompt must have at least one token, got {prompt!r}")
     answers = zip(ids, a.generate(ids, count), b.generate(ids, count), strict=True)
     found = tuple(_parting(a, *each) for each in answers)
     places = [float("inf") if each.at is None else each.at for each in found]
