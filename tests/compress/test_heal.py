@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from lacewing.checkpoint import open_source  # noqa: E402
+from lacewing.compress import savepoint  # noqa: E402
 from lacewing.compress.heal import Healed, Healing, heal_windows  # noqa: E402
 from lacewing.errors import CheckpointError, RecipeError  # noqa: E402
 from lacewing.formats import FORMATS  # noqa: E402
@@ -100,7 +102,8 @@ def test_what_is_reported_is_what_was_written(tmp_path: Path, dense: Path) -> No
     assert again.before == pytest.approx(found.after, rel=1e-5)
 
 
-def test_it_never_makes_a_model_worse(tmp_path: Path, dense: Path) -> None:
+def test_it_never_makes_a_model_worse(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lacewing.compress.heal._schedule", lambda share: 1.0)
     before = write_model(tmp_path / "before", weights(), "w4a8g32")
     found = heal(before, dense, tmp_path / "after", replace(SHORT, rate=1.0, steps=4))
     assert not found.helped
@@ -130,52 +133,50 @@ def test_steps_are_reproducible(changes: dict[str, Any], tmp_path: Path, dense: 
     assert not same(tmp_path / "a", tmp_path / "c")
 
 
-RUN = """
-import signal, sys
-import torch
+def stop_after(step: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every step is saved, and a signal comes when this one has been."""
+    save = savepoint.save
+
+    def saved(path: Path, tensors: Any, facts: Any) -> None:
+        save(path, tensors, facts)
+        if path.name == "state.safetensors" and facts["step"] == step:
+            signal.raise_signal(getattr(signal, how))
+
+    monkeypatch.setattr(savepoint, "save", saved)
+    monkeypatch.setattr("lacewing.compress.heal._SAVE_EVERY", -1.0)
+
+
+KILLED = """
+import sys
 from pathlib import Path
-from lacewing.checkpoint import open_source
-from lacewing.compress import heal, savepoint
-from tests.compress.training import tokens
+import pytest, torch
+from tests.compress import test_heal as test
 
-before, dense, out, steps, stop, how = sys.argv[1:]
-torch.set_num_threads(1)
-heal._SAVE_EVERY = -1.0  # after every step
-save = savepoint.save
-
-def saved(path, tensors, facts):
-    save(path, tensors, facts)
-    if path.name == "state.safetensors" and facts["step"] == int(stop):
-        signal.raise_signal(getattr(signal, how))
-
-savepoint.save = saved
-healing = heal.Healing(steps=int(steps), rate=5e-3, tokens=256, held_out=4, bf16=False)
-heal.heal_windows(
-    open_source(before), open_source(dense), Path(out), tokens(64), healing
-)
+torch.set_num_threads(int(sys.argv[4]))
+test.stop_after(3, "SIGKILL", pytest.MonkeyPatch())
+test.heal(*map(Path, sys.argv[1:4]), test.NINE)
 """
-
-
-def run(before: Path, dense: Path, out: Path, stop: int, how: str = "SIGKILL") -> int:
-    arguments = [str(before), str(dense), str(out), "9", str(stop), how]
-    command = [sys.executable, "-c", RUN, *arguments]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT).returncode
-
-
+NINE = replace(SHORT, steps=9)
 REPO = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(REPO)])}
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, dense: Path) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
     """Killed, then interrupted, then not: the same bytes as at once; nothing is left beside."""
     before = write_model(tmp_path / "before", weights(), "w8a8g64_sp")
-    assert run(before, dense, tmp_path / "whole", -1) == 0
-    out = tmp_path / "out"
-    for stop, how in ((3, "SIGKILL"), (7, "SIGINT")):
-        assert run(before, dense, out, stop, how) != 0
-        assert not out.exists()
-        assert (tmp_path / "out.work/state.safetensors").exists()
-    assert run(before, dense, out, -1) == 0
+    heal(before, dense, tmp_path / "whole", NINE)
+    out, state = tmp_path / "out", tmp_path / "out.work/state.safetensors"
+    arguments = [before, dense, out, torch.get_num_threads()]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(REPO)])}
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    assert subprocess.run(command, env=paths).returncode == -signal.SIGKILL
+    assert savepoint.read_facts(state)["step"] == 3
+    with monkeypatch.context() as patch:
+        stop_after(7, "SIGINT", patch)
+        with pytest.raises(KeyboardInterrupt):
+            heal(before, dense, out, NINE)
+    assert savepoint.read_facts(state)["step"] == 7
+    assert not out.exists()
+    heal(before, dense, out, NINE)
     assert identical(out, tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "dense", "out", "whole"]
 
