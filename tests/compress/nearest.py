@@ -32,13 +32,13 @@ def compress_blocks(
     for index in range(session.finished, session.blocks):
         current, following = session.activations("compressed")
         packed, reports = {}, []
-        block = decoder.block(index)
+        block = decoder.block(index).requires_grad_(False)
         for name in (layer for stage in STAGES for layer in stage):
             layer = f"model.layers.{index}.{name}"
             rule = plan[f"{layer}.weight"]
             linear = block.linear(name)
             kind = get_format(rule.format)
-            codes = kind.round(linear.weight.detach().numpy(), rule.target or None)
+            codes = kind.round(linear.weight.numpy(), rule.target or None)
             packed[f"{layer}.weight"] = kind.pack(codes)
             values = torch.from_numpy(kind.dequantize(codes))
             error = (values - linear.weight).norm() / linear.weight.norm()
@@ -46,8 +46,7 @@ def compress_blocks(
             report = (rule.target, float((values == 0).float().mean()), float(error))
             bits = packed[f"{layer}.weight"].bits_per_weight
             reports.append(LayerReport(layer, rule.format, rule.solver, *report, bits, 0.1 * index))
-        with torch.no_grad():
-            following.copy_(block(current))
+        following.copy_(block(current))
         session.finish_block(index, packed, reports)
         progress(f"block {index}", index + 1, session.blocks)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,3 +285,12 @@ def test_files_and_presets_by_name(tmp_path: Any) -> None:
         Recipe.open(path)
     with pytest.raises(RecipeError, match=r"my\.yml"):
         Recipe.open(tmp_path / "my.yml")
+
+
+def test_the_recipe_of_the_guide() -> None:
+    pytest.importorskip("yaml", reason="PyYAML is an extra")
+    guide = Path(__file__).resolve().parents[2] / "docs" / "guides" / "compress.md"
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", guide.read_text(), re.M | re.S)
+    recipe = Recipe.from_yaml(text)
+    plan = recipe.plan(tiny_spec("llama"))
+    assert plan["model.layers.1.mlp.up_proj.weight"].sparsity == 0.5

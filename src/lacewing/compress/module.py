@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class ModuleSource(Source):
     def __init__(self, model: Module, tokenizer: str | os.PathLike[str] | None) -> None:
         name = type(model).__name__
         self.path = Path(name)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if not hasattr(config, "to_json_string"):
             raise RecipeError(
                 f"{name}: needs a model of transformers, with a `config`, got one without",

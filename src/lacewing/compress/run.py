@@ -128,7 +128,7 @@ def _fitted(recipe: Recipe, source: Source, seed: int | None, tokens: int | None
     longer than the model's context or all tokens."""
     found = recipe.calibration
     wanted = found.tokens if tokens is None else tokens
-    window = min(found.window, source.spec.max_context, max(wanted, 1))
+    window = min(found.window, source.spec.max_context, max(wanted, 8))
     found = replace(found, tokens=wanted, window=window, seed=found.seed if seed is None else seed)
     return replace(recipe, calibration=found)
 
