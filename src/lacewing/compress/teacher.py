@@ -71,14 +71,14 @@ class Teacher:
         shape = (*ids.shape, self._decoder.spec.hidden_size)
         return _open(path, shape)
 
-    @torch.no_grad()
     def _read(self, ids: Tensor) -> Tensor:
         decoder, spec = self._decoder, self._decoder.spec
         x = decoder.embed(ids, self._embedding)
         step = max(1, _BATCH // ids.shape[1])
+        in_bf16 = self.dtype == torch.bfloat16
         for index in range(spec.n_layers):
             block = hold(decoder.block(index), self.dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
                 for part in x.split(step):
                     part.copy_(block(part))
         out = rms_norm(x, self._norm, spec.norm_eps).half()
