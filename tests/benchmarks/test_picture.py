@@ -113,7 +113,7 @@ def test_a_label_without_room_is_left_out() -> None:
     assert labels.place([(500.0, 300.0, 2.0 * width)]) == [None]
 
 
-@pytest.mark.parametrize("values", [[5.0], [5.0, 5.0], [0.0, 1.0], [1e-3, 1e6]])
+@pytest.mark.parametrize("values", [[0.0], [5.0], [5.0, 5.0], [0.0, 1.0], [1e-3, 1e6]])
 def test_axes_hold_few_or_odd_values(values: list[float]) -> None:
     axis = axes.linear_axis("x", values, str)
     assert axis.low < axis.high
