@@ -2,9 +2,10 @@
 outputs least.
 
 Two paths go through the model side by side: that of the dense model, and that of the compressed
-one, with all blocks so far as they will be. A block is compressed in four stages (`decoder.STAGES`); the
-layers of a stage are solved before the next one is fed. Activations `[windows, tokens, hidden]` lie
-in files (`session.py`); in memory are one block of each path and the Hessian of one stage.
+one, with all blocks so far as they will be. A block is compressed in four stages
+(`decoder.STAGES`); the layers of a stage are solved before the next one is fed. Activations
+`[windows, tokens, hidden]` lie in files (`session.py`); in memory are one block of each path and
+the Hessian of one stage.
 
     for every block
         fold smoothing scales and channel orders into it      smooth.py, reorder.py
@@ -17,27 +18,30 @@ in files (`session.py`); in memory are one block of each path and the Hessian of
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lacewing.compress.columns import Solution
-from lacewing.compress.decoder import STAGES, Block, Decoder
+from lacewing.compress.decoder import STAGES, Decoder
 from lacewing.compress.folding import fold_block
 from lacewing.compress.grid import Grid
 from lacewing.compress.moments import Moments
 from lacewing.compress.path import Path, tokens_at_once
-from lacewing.compress.problem import Problem, check_hessian
+from lacewing.compress.problem import DAMPING, Problem
 from lacewing.compress.recipe import Recipe, Rule
 from lacewing.compress.reconstruct import reconstruct
 from lacewing.compress.refine import refine
-from lacewing.compress.session import LayerReport, Packed, Session
+from lacewing.compress.session import Change, LayerReport, Packed, Session
 from lacewing.compress.solvers import solve
 from lacewing.compress.spread import spread_sparsity
 from lacewing.compress.target import corrected
+from lacewing.errors import RecipeError
 from lacewing.formats import get_format
 
 __all__ = ["compress_blocks"]
@@ -88,7 +92,7 @@ def _compress_blocks(
             if progress is not None:
                 progress(name, done, layers)
         packed, reports = work.finish()
-        session.finish_block(index, packed, reports)
+        session.finish_block(index, packed, reports, work.changes)
 
 
 def _embed(decoder: Decoder, windows: Tensor, outs: Sequence[Tensor]) -> None:
@@ -128,24 +132,26 @@ class _Work:
         self.plan, self.shares = plan, shares
         self.prefix = f"model.layers.{index}."
         self.path = Path(decoder.block(index), *session.activations("compressed"))
-        self.folds = fold_block(self.path, self._formats(), recipe)
-        self.weights = {
-            name: self.path.block.linear(name).weight.detach().clone() for name in _layers()
-        }
+        for name in _layers():
+            grid = Grid(get_format(self._rule(name).format))
+            grid.check(f"{self.prefix}{name}", self._weight(name))
+        rules = {name: self._rule(name) for name in _layers()}
+        self.changes = fold_block(self.path, rules, recipe)
         self.dense: Path | None = None
         if "dense" in names:
-            twin = decoder.block(index)
-            _copy(self.path.block, twin)
+            twin = copy.deepcopy(self.path.block)
             self.dense = Path(twin, *session.activations("dense"))
         self.solutions: dict[str, Solution] = {}
-        self.problems: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
+        self.damping: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-
-    def _formats(self) -> dict[str, str]:
-        return {name: self._rule(name).format for name in _layers()}
 
     def _rule(self, name: str) -> Rule:
         return self.plan[f"{self.prefix}{name}.weight"]
+
+    def _weight(self, name: str) -> Tensor:
+        """Of a layer: that of the dense model, until it is solved."""
+        return self.path.block.linear(name).weight.detach()
 
     def stages(self) -> Iterator[str]:
         """Solves layer after layer; yields the name of each when it is done."""
@@ -153,8 +159,7 @@ class _Work:
             dense = self.dense if self.recipe.correct > 0 else None
             found = Moments.measure(stage, self.path, dense)
             first = f"{self.prefix}{names[0]}"
-            check_hessian(first, found.hessian)
-            base = Problem(first, self.weights[names[0]], found.hessian, found.tokens)
+            base = Problem(first, self._weight(names[0]), found.hessian, found.tokens)
             for name in names:
                 self._solve(name, base, found)
                 yield f"{self.prefix}{name}"
@@ -170,7 +175,7 @@ class _Work:
         rule = self._rule(name)
         if rule.solver not in ("nearest", "magnitude"):
             _ = base.inverse_factor  # made once for all layers of the stage
-        problem = base.aiming(self.weights[name], f"{self.prefix}{name}")
+        problem = base.aiming(self._weight(name), f"{self.prefix}{name}")
         if found.lost is not None and rule.solver != "nearest":
             problem = corrected(problem, found.lost, found.stream, self.recipe.correct)
         sparsity = self.shares.get(f"{self.prefix}{name}.weight", rule.target)
@@ -180,7 +185,8 @@ class _Work:
             mask = solution.values() != 0 if rule.prunes else None
             solution = refine(problem, solution, mask, rule.refine)
         values = solution.values()
-        self.problems[name] = problem.error(values)
+        self.errors[name] = problem.error(values)
+        self.damping[name] = problem.damping
         self.path.block.linear(name).weight.data = values
         self.solutions[name] = solution
         self.seconds[name] = time.perf_counter() - begin
@@ -202,14 +208,18 @@ class _Work:
             tensor = grid.format.pack(codes)
             packed[f"{self.prefix}{name}.weight"] = tensor
             reports.append(self._report(name, solution, tensor.bits_per_weight))
-        for name, norm in self.path.block.norms.items():
-            values = norm.detach().numpy().astype(np.float32)
-            packed[f"{self.prefix}{name.replace('/', '.')}.weight"] = values
-        for name in _layers():
-            bias = self.path.block.linear(name).bias
-            if bias is not None:
-                packed[f"{self.prefix}{name}.bias"] = bias.detach().numpy()
+        for name, values in self._vectors():
+            packed[f"{self.prefix}{name}"] = values
         return packed, reports
+
+    def _vectors(self) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
+        """Weights of norms, and biases, as they are after folding."""
+        block = self.path.block
+        found = {f"{name.replace('/', '.')}.weight": norm for name, norm in block.norms.items()}
+        biases = ((f"{name}.bias", block.linear(name).bias) for name in _layers())
+        for name, values in (*found.items(), *biases):
+            if values is not None:
+                yield name, _finite(f"{self.prefix}{name}", values.detach()).numpy()
 
     def _reconstruct(self) -> None:
         assert self.dense is not None and self.recipe.reconstruct is not None
@@ -229,6 +239,8 @@ class _Work:
                 masks=masks,
             )
         self.solutions.update(found.solutions)
+        where = self.prefix.removesuffix(".")
+        self.changes.append(Change(where, "reconstruct", None, found.before, found.after))
         self.path.pass_attention()
         self.path.pass_mlp()
 
@@ -241,9 +253,10 @@ class _Work:
             solver=rule.solver,
             target=self.shares.get(f"{self.prefix}{name}.weight", rule.target),
             sparsity=zeros,
-            error=self.problems[name],
+            error=self.errors[name],
             bits_per_weight=bits,
             seconds=self.seconds[name],
+            damping=_said(self.damping[name]),
         )
 
 
@@ -251,7 +264,16 @@ def _layers() -> list[str]:
     return [name for stage in STAGES for name in stage]
 
 
-def _copy(source: Block, target: Block) -> None:
-    """The folds of one block, in the other."""
-    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        mine.data.copy_(theirs.data)
+def _finite(name: str, values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise RecipeError(
+            f"`{name}`: needs finite values, got NaN or infinity", hint="is the model damaged?"
+        )
+    return values
+
+
+def _said(damping: float) -> str:
+    """Nothing of the usual damping."""
+    if damping == DAMPING:
+        return ""
+    return f"the Hessian took damping by {damping:g} of its mean diagonal, not {DAMPING:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from lacewing.compress.decoder import STAGES
 from lacewing.compress.folds import expand
 from lacewing.compress.path import Path, tokens_at_once
-from lacewing.compress.problem import Problem
-from lacewing.compress.recipe import Recipe
+from lacewing.compress.problem import Problem, check_hessian
+from lacewing.compress.recipe import JOINT, Recipe, Rule
 from lacewing.compress.reorder import Reordering, reorder_stage
 from lacewing.compress.rounding import Inputs, conditional_variance
+from lacewing.compress.session import Change
 from lacewing.compress.smooth import Smoothing, smooth_stage
 from lacewing.formats import get_format
 
@@ -25,28 +27,38 @@ _ORDERED = (1, 3)
 """Stages whose channels may change places within the block."""
 
 
-def fold_block(
-    path: Path, formats: Mapping[str, str], recipe: Recipe
-) -> list[Smoothing | Reordering]:
+def fold_block(path: Path, rules: Mapping[str, Rule], recipe: Recipe) -> list[Change]:
     """Chooses and folds what `recipe` asks for, in place, stage by stage; returns what was done.
-    formats: of every layer of the block, by names such as `mlp.down_proj`. Uses `path.y`."""
-    done: list[Smoothing | Reordering] = []
+    rules: of every layer of the block, by names such as `mlp.down_proj`. Uses `path.y`.
+
+    Raises RecipeError, naming the layer, for activations that are not finite.
+    """
+    done: list[Change] = []
     if recipe.smooth == "none" and not recipe.reorder:
         return done
-    by_columns = any(rule.solver != "nearest" for rule in recipe.rules)
     spec = path.block.spec
     for stage, names in enumerate(STAGES):
-        kinds = [get_format(formats[name]) for name in names]
+        kinds = [get_format(rules[name].format) for name in names]
+        by_columns = all(rules[name].solver in JOINT for name in names)
+        where = f"model.layers.{path.block.index}.{names[0]}"
         if stage == 2:
             path.pass_attention()
         inputs = _read(path, stage, by_columns)
         if recipe.smooth != "none":
             found = smooth_stage(path.block, stage, kinds, inputs, recipe.smooth)
             inputs = inputs.divided(expand(spec, stage, found.scales))
-            done.append(found)
+            done.append(_change(where, found.method, found.alpha, found))
         if recipe.reorder and stage in _ORDERED:
-            done.append(reorder_stage(path.block, stage, kinds, inputs))
+            order = reorder_stage(path.block, stage, kinds, inputs)
+            done.append(_change(where, "reorder", order.key, order))
     return done
+
+
+def _change(
+    name: str, kind: str, choice: float | str | None, found: Smoothing | Reordering
+) -> Change:
+    before, after = (x if math.isfinite(x) else None for x in (found.before, found.after))
+    return Change(name, kind, choice, before, after)
 
 
 def _read(path: Path, stage: int, by_columns: bool) -> Inputs:
@@ -64,6 +76,7 @@ def _read(path: Path, stage: int, by_columns: bool) -> Inputs:
         count += len(x)
     hessian /= count
     name = f"model.layers.{path.block.index}.{STAGES[stage][0]}"
+    check_hessian(name, hessian)
     problem = Problem(name, path.block.linear(STAGES[stage][0]).weight, hessian, count)
     known = conditional_variance(problem) if by_columns else None
     return Inputs(hessian, absmax, torch.cat(rows), known)

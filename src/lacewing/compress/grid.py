@@ -7,15 +7,17 @@ in f32, at values f16 has. bf16 has no scale: a level is the value.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lacewing.errors import RecipeError
 from lacewing.formats import Codes, Format
 from lacewing.formats.base import ROW
-from lacewing.formats.scales import to_f16
+from lacewing.formats.scales import F16_MAX, to_f16
 
 __all__ = ["Grid", "Scales"]
 
@@ -61,6 +63,22 @@ class Grid:
         """Inputs of one scale in rows of k; k where there is none."""
         size = self.format.group_size
         return k if size in (0, ROW) else size
+
+    def check(self, name: str, w: Tensor) -> None:
+        """Raises RecipeError, naming the layer, for weights `[n, k]` that are not finite, or too
+        large for scales in f16."""
+        largest, kind = w.abs().max().item(), self.format
+        if not math.isfinite(largest):
+            raise RecipeError(
+                f"`{name}`: needs finite weights, got NaN or infinity", hint="is the model damaged?"
+            )
+        limit = F16_MAX * (1 if kind.asymmetric else max(-self.low, self.high))
+        if self.scaled and largest > limit:
+            raise RecipeError(
+                f"`{name}`: {kind.name} has scales in f16 and holds magnitudes up to {limit:g},"
+                f" got {largest:g}",
+                hint="use `bf16` for this layer",
+            )
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Scales:
         """Scales for one group `[n, g]` that leave the least error `sum importance * (w - w')^2`

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from lacewing.compress.decoder import STAGES
 from lacewing.compress.path import Path, tokens_at_once
+from lacewing.compress.problem import check_hessian
+from lacewing.errors import RecipeError
 
 __all__ = ["Moments"]
 
 _WRITE_STREAM = (1, 3)
-"""Stages whose layer writes to the residual stream: o and down."""
+"""Stages whose layer writes to the residual stream: o and down. Where a norm lies between (Gemma),
+their outputs are not in its units, and what it has lost says nothing."""
 
 
 @dataclass(eq=False)
@@ -28,20 +31,34 @@ class Moments:
     @staticmethod
     def measure(stage: int, path: Path, dense: Path | None) -> Moments:
         """Means of x' x'^T, (x - x') x'^T and, where the stage writes to the stream,
-        (r - r') x'^T."""
+        (r - r') x'^T.
+
+        Raises RecipeError, naming the first layer, for activations that are not finite.
+        """
         k = path.block.linear(STAGES[stage][0]).in_features
         hidden = path.x.shape[2]
         found = Moments(torch.zeros(k, k), None, None, 0)
         if dense is not None:
             found.lost = torch.zeros(k, k)
-            found.stream = torch.zeros(hidden, k) if stage in _WRITE_STREAM else None
+            if stage in _WRITE_STREAM and not path.block.spec.sandwich_norm:
+                found.stream = torch.zeros(hidden, k)
         for part in tokens_at_once(*path.x.shape[:2]):
             found._add(stage, part, path, dense)
         found.hessian /= found.tokens
         for each in (found.lost, found.stream):
             if each is not None:
                 each /= found.tokens
+        found._check(f"model.layers.{path.block.index}.{STAGES[stage][0]}")
         return found
+
+    def _check(self, name: str) -> None:
+        check_hessian(name, self.hessian)
+        for each in (self.lost, self.stream):
+            if each is not None and not each.isfinite().all():
+                raise RecipeError(
+                    f"`{name}`: needs finite activations, got NaN or infinity in the dense model",
+                    hint="the model overflows on the calibration text: is it damaged?",
+                )
 
     def _add(self, stage: int, part: slice, path: Path, dense: Path | None) -> None:
         x, stream = path.inputs(stage, part)

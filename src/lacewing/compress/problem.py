@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lacewing.errors import RecipeError
 
-__all__ = ["DAMPING", "Problem", "check_hessian"]
+__all__ = ["DAMPING", "Problem", "check_hessian", "not_positive"]
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Hessian's diagonal (GPTQ, arXiv:2210.17323)."""
@@ -22,13 +22,15 @@ class Problem:
     the mean squared error of the layer's outputs over the calibration tokens.
 
     weight: the target W, f32 `[n, k]`. hessian: H, the mean over tokens of x x^T, f32 `[k, k]`,
-    of the inputs as the compressed model has them.
+    of the inputs as the compressed model has them. damping: the share of the mean diagonal that it
+    took to invert H, once it has been inverted.
     """
 
     name: str
     weight: Tensor
     hessian: Tensor
     tokens: int
+    damping: float = DAMPING
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +64,7 @@ class Problem:
     def aiming(self, weight: Tensor, name: str | None = None) -> Problem:
         """The problem of another weight that reads the same inputs; what is known of them goes
         along."""
-        other = Problem(name or self.name, weight, self.hessian, self.tokens)
+        other = Problem(name or self.name, weight, self.hessian, self.tokens, self.damping)
         for key in ("damped", "diagonal", "inverse_factor"):
             if key in self.__dict__:
                 other.__dict__[key] = self.__dict__[key]
@@ -74,19 +76,18 @@ class Problem:
 
     def _factor(self, damped: Tensor) -> Tensor:
         h = damped.double()
-        mean = h.diagonal().mean()
+        mean, total = h.diagonal().mean(), DAMPING
         for extra in (0.0, 0.1, 1.0, 10.0):
             h.diagonal().add_(extra * mean)
+            total += extra
             factor, info = torch.linalg.cholesky_ex(h)
             if info == 0:
                 inverse = torch.cholesky_inverse(factor)
                 upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
                 if info == 0:
+                    self.damping = max(self.damping, total)
                     return upper.float()
-        raise RecipeError(
-            f"`{self.name}`: needs a positive definite Hessian, got one that damping does not mend",
-            hint="calibrate on more and more varied text",
-        )
+        raise not_positive(self.name)
 
     def error(self, weight: Tensor) -> float:
         """tr((W' - W) H (W' - W)^T) of a candidate W', over the same of W' = 0."""
@@ -97,6 +98,14 @@ class Problem:
 
 def _form(w: Tensor, h: Tensor) -> float:
     return ((w @ h) * w).sum(dtype=torch.float64).item()
+
+
+def not_positive(name: str) -> RecipeError:
+    """What is wrong with the Hessian of a layer that cannot be inverted."""
+    return RecipeError(
+        f"`{name}`: needs a positive definite Hessian, got one that damping does not mend",
+        hint="calibrate on more and more varied text",
+    )
 
 
 def check_hessian(name: str, hessian: Tensor) -> None:

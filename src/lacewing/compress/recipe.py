@@ -37,7 +37,17 @@ from lacewing.errors import FormatError, RecipeError
 from lacewing.formats import Format, get_format
 from lacewing.models import DecoderSpec
 
-__all__ = ["PRESETS", "RATIOS", "SMOOTH", "SOLVERS", "Calibration", "Recipe", "Reconstruct", "Rule"]
+__all__ = [
+    "JOINT",
+    "PRESETS",
+    "RATIOS",
+    "SMOOTH",
+    "SOLVERS",
+    "Calibration",
+    "Recipe",
+    "Reconstruct",
+    "Rule",
+]
 
 SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
 """`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
@@ -47,7 +57,8 @@ RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
 
-_JOINT = ("columns", "admm", "blocks")
+JOINT = ("columns", "admm", "blocks")
+"""Solvers that go column by column, and make up for errors in the columns after."""
 _Made = TypeVar("_Made")
 
 
@@ -329,8 +340,8 @@ def _check_solver(where: str, rule: Rule) -> None:
     if rule.solver == "blocks" and not _in_blocks(rule.format):
         hint = "use `w8a8_b16x1`, or solver `columns`"
         fail(where, "a format of blocks for solver `blocks`", rule.format, hint)
-    if rule.act_order and rule.solver not in _JOINT:
-        fail(where, f"solver {' or '.join(_JOINT)} for `act_order`", rule.solver)
+    if rule.act_order and rule.solver not in JOINT:
+        fail(where, f"solver {' or '.join(JOINT)} for `act_order`", rule.solver)
     if rule.refine and rule.solver in ("nearest", "magnitude"):
         fail(where, "a solver that uses data for `refine`", rule.solver, "use `columns`")
 

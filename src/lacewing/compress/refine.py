@@ -45,10 +45,10 @@ class _State:
         self.h = problem.damped
         self.scales = list(solution.scales)
         self.size = self.grid.group_size(problem.shape[1])
-        self.levels = solution.levels.t().contiguous()
+        self.levels = solution.levels.t().clone(memory_format=torch.contiguous_format)
         self.mask = None if mask is None else mask.t().contiguous()
         values = solution.values() if mask is None else solution.values() * mask
-        self.values = values.t().contiguous()
+        self.values = values.t().clone(memory_format=torch.contiguous_format)
         self.gradient = self.h @ (self.values - problem.weight.t())
 
     def fit_scales(self) -> None:
@@ -73,7 +73,7 @@ class _State:
         change = 2 * (delta * self.gradient[part]).sum(0)
         change += (delta * (self.h[part, part] @ delta)).sum(0)
         better = change < 0
-        delta *= better
+        delta = torch.where(better, delta, 0)
         self.values[part] += delta
         self.gradient += self.h[:, part] @ delta
         base = old.base

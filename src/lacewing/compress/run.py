@@ -25,7 +25,7 @@ from lacewing.compress.estimate import Estimate, estimate
 from lacewing.compress.fingerprint import digest_of
 from lacewing.compress.module import ModuleSource
 from lacewing.compress.recipe import Recipe, Rule
-from lacewing.compress.session import LayerReport, Packed, Session
+from lacewing.compress.session import Change, LayerReport, Packed, Session
 from lacewing.errors import RecipeError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.version import __version__
@@ -188,7 +188,7 @@ def _write(
     missing = [name for name in plan if name.startswith("model.layers.") and name not in done]
     assert not missing, missing
     layers = session.reports()
-    record = _record(recipe, windows, layers)
+    record = _record(recipe, windows, layers, session.changes())
     others: list[Report] = []
     tensors: dict[str, Packed] = {}
     with memory_of(source), new_directory(target, MANIFEST, force) as place:
@@ -240,7 +240,9 @@ def _stated(value: Packed) -> tuple[str, tuple[int, ...]]:
     return (value.format if isinstance(value, PackedTensor) else VECTOR), value.shape
 
 
-def _record(recipe: Recipe, windows: Windows, layers: Sequence[LayerReport]) -> dict[str, Any]:
+def _record(
+    recipe: Recipe, windows: Windows, layers: Sequence[LayerReport], changes: Sequence[Change]
+) -> dict[str, Any]:
     """What lacewing.json keeps. No times: the same compression writes the same bytes."""
     rows = [asdict(layer) for layer in layers]
     for row in rows:
@@ -256,4 +258,5 @@ def _record(recipe: Recipe, windows: Windows, layers: Sequence[LayerReport]) -> 
             "digest": windows.digest(),
         },
         "layers": rows,
+        "changes": [asdict(change) for change in changes],
     }

@@ -1,9 +1,9 @@
 """The work directory of one compression, from which a killed one goes on.
 
-    state.json               {"session": 1, "digest": "..", "blocks": 30, "shape": [..],
+    state.json               {"session": 2, "digest": "..", "blocks": 30, "shape": [..],
                               "finished": 7}: replaced last, so that all it counts is on disk
     block-00006.safetensors  packed parts and vectors of a finished block
-    block-00006.json         their formats and shapes, and the reports of its layers
+    block-00006.json         their formats and shapes, the reports of its layers, and changes
     dense.0.f32, dense.1.f32, compressed.0.f32, compressed.1.f32
                              activations `[windows, tokens, hidden_size]` of the two paths: what the
                              next block reads, and what it is writing
@@ -39,11 +39,11 @@ from lacewing.checkpoint.safetensors import SafetensorsWriter, read_safetensors
 from lacewing.errors import CheckpointError, RecipeError
 from lacewing.formats import PackedTensor, get_format
 
-__all__ = ["LayerReport", "Packed", "Session"]
+__all__ = ["Change", "LayerReport", "Packed", "Session"]
 
 Packed = PackedTensor | npt.NDArray[np.float32]
 
-_VERSION = 1
+_VERSION = 2
 _STATE = "state.json"
 _OURS = re.compile(r"(state|note-\w+)\.json(\.new)?|block-\d+\.(safetensors|json)|\w+\.[01]\.f32")
 _RESTART = "begin anew with --restart (`restart=True`)"
@@ -67,6 +67,23 @@ class LayerReport:
     bits_per_weight: float
     seconds: float = 0.0
     damping: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done to a block, or to a stage of it, beside the rounding of its layers.
+
+    name: of the block, or of the first layer of the stage. kind: `awq`, `smoothquant`, `reorder` or
+    `reconstruct`. choice: the exponent, or what channels are sorted by; None where things were left
+    as they were, or there is nothing to choose. before, after: the squared error over the square by
+    which it was judged; None where it is not finite.
+    """
+
+    name: str
+    kind: str
+    choice: float | str | None
+    before: float | None
+    after: float | None
 
 
 class Session:
@@ -192,7 +209,11 @@ class Session:
     # -- blocks -----------------------------------------------------------------------------------
 
     def finish_block(
-        self, index: int, packed: Mapping[str, Packed], report: Sequence[LayerReport]
+        self,
+        index: int,
+        packed: Mapping[str, Packed],
+        report: Sequence[LayerReport],
+        changes: Sequence[Change] = (),
     ) -> None:
         """Puts block `index` on disk, with what it has written to the activations. From here on
         it is not done again.
@@ -204,7 +225,7 @@ class Session:
         """
         assert index == self.finished < self.blocks
         with _writing(self.place):
-            self._write_block(index, packed, report)
+            self._write_block(index, packed, report, changes)
             for path in self._buffers:
                 _sync(self._file(path, 1 - self.finished % 2))
             state = {**self._state, "finished": index + 1}
@@ -213,7 +234,11 @@ class Session:
         self.finished = index + 1
 
     def _write_block(
-        self, index: int, packed: Mapping[str, Packed], report: Sequence[LayerReport]
+        self,
+        index: int,
+        packed: Mapping[str, Packed],
+        report: Sequence[LayerReport],
+        changes: Sequence[Change],
     ) -> None:
         weights, told = self._block_files(index)
         for file in (weights, told):
@@ -227,7 +252,11 @@ class Session:
             for name, value in packed.items()
             if isinstance(value, PackedTensor)
         }
-        document = {"tensors": tensors, "layers": [asdict(layer) for layer in report]}
+        document = {
+            "tensors": tensors,
+            "layers": [asdict(layer) for layer in report],
+            "changes": [asdict(change) for change in changes],
+        }
         write_file(told, json.dumps(document).encode())
 
     def _block_files(self, index: int) -> tuple[Path, Path]:
@@ -252,8 +281,14 @@ class Session:
 
     def reports(self) -> list[LayerReport]:
         """Of all layers of the finished blocks, in order."""
-        documents = [read_json(self._block_files(i)[1]) for i in range(self.finished)]
-        return [LayerReport(**layer) for found in documents for layer in found["layers"]]
+        return [LayerReport(**layer) for found in self._documents() for layer in found["layers"]]
+
+    def changes(self) -> list[Change]:
+        """Of all finished blocks, in order."""
+        return [Change(**change) for found in self._documents() for change in found["changes"]]
+
+    def _documents(self) -> list[dict[str, Any]]:
+        return [read_json(self._block_files(i)[1]) for i in range(self.finished)]
 
 
 def _arrays(packed: Mapping[str, Packed]) -> Iterator[tuple[str, npt.NDArray[Any]]]:

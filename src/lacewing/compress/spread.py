@@ -5,7 +5,7 @@ One pass of the dense model over some of the calibration text, before anything i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lacewing.compress.decoder import STAGES, Decoder
 from lacewing.compress.moments import Moments
 from lacewing.compress.path import Path
+from lacewing.compress.plan import layer_of
 from lacewing.compress.problem import Problem
 from lacewing.compress.ratios import curve_ratios, error_curve, outlier_share, owl_ratios
 from lacewing.compress.recipe import Rule
@@ -60,8 +61,8 @@ def _free(rule: Rule) -> bool:
     return get_format(rule.format).fixed_sparsity is None
 
 
-def _problems(path: Path) -> list[tuple[str, Problem]]:
-    found = []
+def _problems(path: Path) -> Iterator[tuple[str, Problem]]:
+    """Of the layers of a block, one stage's Hessian at a time."""
     for stage, names in enumerate(STAGES):
         if stage == 2:
             path.pass_attention()
@@ -69,8 +70,7 @@ def _problems(path: Path) -> list[tuple[str, Problem]]:
         for layer in names:
             name = f"model.layers.{path.block.index}.{layer}.weight"
             weight = path.block.linear(layer).weight.detach()
-            found.append((name, Problem(name, weight, moments.hessian, moments.tokens)))
-    return found
+            yield name, Problem(layer_of(name), weight, moments.hessian, moments.tokens)
 
 
 def _cost(problem: Problem, rule: Rule, method: str) -> list[float]:

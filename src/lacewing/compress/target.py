@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lacewing.compress.problem import Problem
+from lacewing.compress.problem import Problem, not_positive
 
 __all__ = ["corrected"]
 
@@ -31,11 +31,16 @@ def corrected(
 
     lost: C, f32 `[k, k]`. stream: R, f32 `[n, k]`, or None for a layer within the block. share:
     all of the correction fits the calibration text best, and others less.
+
+    Raises RecipeError, naming the layer, for a Hessian that is not positive even so.
     """
     moved = problem.weight @ lost
     if stream is not None:
         moved = moved + stream
     h = problem.damped.clone()
     h.diagonal().add_(_RIDGE * h.diagonal().mean())
-    step = torch.cholesky_solve(moved.t(), torch.linalg.cholesky(h)).t()
+    factor, info = torch.linalg.cholesky_ex(h)
+    if info != 0:
+        raise not_positive(problem.name)
+    step = torch.cholesky_solve(moved.t(), factor).t()
     return problem.aiming(problem.weight + share * step)

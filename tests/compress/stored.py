@@ -1,0 +1,131 @@
+"""Tiny models as a decoder reads them, and one compression of them from end to end of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lacewing.compress.calibrate import compress_blocks
+from lacewing.compress.decoder import Decoder
+from lacewing.compress.recipe import Calibration, Recipe, Rule
+from lacewing.compress.session import LayerReport, Packed, Session
+from lacewing.formats import PackedTensor, get_format
+from tests.tiny import tiny_spec, tiny_tokens, tiny_weights
+
+WINDOWS, TOKENS = 12, 24
+
+
+@dataclass
+class Stored:
+    """A tensor of a file: it may be read only, and is gone once it is released."""
+
+    values: np.ndarray
+    read: np.ndarray | None = None
+
+    def dequantize(self) -> np.ndarray:
+        self.read = self.values.copy()
+        return self.read
+
+    def release(self) -> None:
+        assert self.read is not None
+        self.read[:] = np.nan
+
+
+class Model:
+    """A tiny model; `changed`: tensors to put in the place of its own."""
+
+    def __init__(self, name: str, changed: Mapping[str, np.ndarray] | None = None) -> None:
+        self.spec = tiny_spec(name)
+        weights = tiny_weights(name) | dict(changed or {})
+        self.tensors = {key: Stored(value) for key, value in weights.items()}
+
+
+def decoder_of(name: str, changed: Mapping[str, np.ndarray] | None = None) -> Decoder:
+    source: Any = Model(name, changed)
+    return Decoder(source)
+
+
+def windows_of(count: int = WINDOWS, tokens: int = TOKENS, seed: int = 11) -> Tensor:
+    return torch.tensor(tiny_tokens(count * tokens, seed)).view(count, tokens)
+
+
+def recipe_of(format: str, solver: str = "columns", sparsity: float = 0.0, **more: Any) -> Recipe:
+    """One rule for all. more: of the rule or of the recipe."""
+    own = {key: more.pop(key) for key in ("act_order", "refine") if key in more}
+    rule = Rule("*", format, solver, sparsity, **own)
+    return Recipe((rule,), Calibration(WINDOWS * TOKENS, TOKENS), **more)
+
+
+@dataclass
+class Compressed:
+    """What a session holds at its end."""
+
+    tensors: dict[str, Packed]
+    reports: list[LayerReport]
+    output: Tensor
+    told: list[str] = field(default_factory=list)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """As floats."""
+        return {name: floats(value) for name, value in self.tensors.items()}
+
+    def bytes(self) -> dict[str, bytes]:
+        found = {}
+        for name, value in self.tensors.items():
+            parts = value.parts if isinstance(value, PackedTensor) else {"": value}
+            found |= {f"{name}.{part}": array.tobytes() for part, array in parts.items()}
+        return found
+
+
+def floats(value: Packed) -> np.ndarray:
+    if isinstance(value, PackedTensor):
+        return get_format(value.format).dequantize(value)
+    return np.asarray(value)
+
+
+@contextmanager
+def session_of(place: Path, decoder: Decoder, windows: Tensor) -> Iterator[Session]:
+    shape = (*windows.shape, decoder.spec.hidden_size)
+    with Session.open(place, "digest", decoder.spec.n_layers, shape) as session:
+        yield session
+
+
+def run(
+    place: Path,
+    decoder: Decoder,
+    recipe: Recipe,
+    windows: Tensor | None = None,
+    progress: Any = None,
+) -> Compressed:
+    """Compresses all blocks, from where the last session ended, into `place`."""
+    ids = windows_of() if windows is None else windows
+    told: list[str] = []
+    with session_of(place, decoder, ids) as session:
+        tell = progress or (lambda name, done, of: told.append(f"{name} {done}/{of}"))
+        compress_blocks(decoder, ids, recipe.plan(decoder.spec), recipe, session, tell)
+        tensors = {}
+        for index in range(session.blocks):
+            tensors |= session.tensors(index)
+        output = session.activations("compressed")[0].clone()
+        return Compressed(tensors, session.reports(), output, told)
+
+
+def output_of(decoder: Decoder, windows: Tensor) -> Tensor:
+    """What the last block returns, in f32, in one pass."""
+    with torch.no_grad():
+        x = decoder.embed(windows, decoder.embedding())
+        for i in range(decoder.spec.n_layers):
+            x = decoder.block(i)(x)
+    return x
+
+
+def lost(dense: Tensor, found: Tensor) -> float:
+    """The mean over tokens of the squared error over the square."""
+    return float(((found - dense).square().sum(-1) / dense.square().sum(-1)).mean())
