@@ -123,8 +123,8 @@ class Session:
             lock = _locked(place)
         try:
             _check_ours(place)
-            if restart:
-                _clear(place)
+            if restart or not (place / _STATE).exists():
+                _clear(place)  # without a state nobody knows what the rest is of
             wanted = {"session": _VERSION, "digest": digest, "blocks": blocks}
             wanted["shape"] = list(shape)
             if not (place / _STATE).exists():
