@@ -15,7 +15,7 @@ from torch import Tensor
 from lacewing.compress.calibrate import compress_blocks
 from lacewing.compress.decoder import STAGES, Block, Decoder
 from lacewing.compress.recipe import Calibration, Recipe, Rule
-from lacewing.compress.session import LayerReport, Packed, Session
+from lacewing.compress.session import Change, LayerReport, Packed, Session
 from lacewing.formats import PackedTensor, get_format
 from tests.tiny import tiny_spec, tiny_tokens, tiny_weights
 
@@ -70,6 +70,7 @@ class Compressed:
 
     tensors: dict[str, Packed]
     reports: list[LayerReport]
+    changes: list[Change]
     output: Tensor
     told: list[str] = field(default_factory=list)
 
@@ -115,7 +116,7 @@ def run(
         for index in range(session.blocks):
             tensors |= session.tensors(index)
         output = session.activations("compressed")[0].clone()
-        return Compressed(tensors, session.reports(), output, told)
+        return Compressed(tensors, session.reports(), session.changes(), output, told)
 
 
 def output_of(decoder: Decoder, windows: Tensor) -> Tensor:
