@@ -75,7 +75,7 @@ def test_direct_sums(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_activations_that_are_not_finite(bad):
-    dense, path = two_paths("llama")
+    _, path = two_paths("llama")
     path.block.linear("mlp.up_proj").weight.data[3] = bad
     with torch.no_grad():
         path.pass_attention()
