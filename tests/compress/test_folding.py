@@ -10,7 +10,6 @@ from lacewing.compress.decoder import STAGES  # noqa: E402
 from lacewing.compress.folding import fold_block  # noqa: E402
 from lacewing.compress.path import Path  # noqa: E402
 from lacewing.compress.recipe import Recipe, Rule  # noqa: E402
-from lacewing.compress.reorder import KEYS  # noqa: E402
 from lacewing.errors import RecipeError  # noqa: E402
 from tests.compress.stored import LAYERS, decoder_of, noise  # noqa: E402
 from tests.tiny import CONFIGS  # noqa: E402
@@ -73,13 +72,6 @@ def test_what_was_done_is_told():
         else:
             assert change.after < change.before
     assert isinstance(changes[0].choice, float)
-
-
-def test_an_order_is_told_by_what_it_sorts():
-    changes = fold(path_of("llama"), reorder=True)
-    assert [change.name for change in changes] == [FIRST[1], FIRST[3]]
-    assert all(change.choice in (None, *KEYS) for change in changes)
-    assert changes[1].choice in KEYS
 
 
 def test_channels_are_ordered_as_smoothing_left_them():
