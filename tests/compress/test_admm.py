@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from lacewing.compress import admm  # noqa: E402
 from lacewing.compress.admm import fit_kept, prune_admm, solve_admm  # noqa: E402
 from lacewing.compress.columns import solve_columns  # noqa: E402
 from lacewing.compress.grid import Grid  # noqa: E402
@@ -17,6 +18,39 @@ from lacewing.compress.masks import Choice, choose_mask, magnitude, wanda  # noq
 from lacewing.errors import RecipeError  # noqa: E402
 from lacewing.formats import get_format  # noqa: E402
 from tests.compress import naive  # noqa: E402
+
+
+def naive_admm(p, format, sparsity):
+    """ALPS as the paper has it, solving for W anew in every step, in float64."""
+    h = naive.damped(p)
+    size = np.sqrt(np.diag(h))
+    h = h / np.outer(size, size)
+    w0 = p.weight.double().numpy() * size
+
+    def largest(w):
+        return choose_mask(torch.from_numpy(w * w), format, sparsity, "layer").numpy()
+
+    mask, rho, v = largest(w0), admm._FIRST, np.zeros_like(w0)
+    d, before = w0 * mask, mask
+    for step in range(1, admm._STEPS + 1):
+        w = np.linalg.solve(h + rho * np.eye(len(h)), (w0 @ h - v + rho * d).T).T
+        mask = largest(w + v / rho)
+        d = (w + v / rho) * mask
+        v += rho * (w - d)
+        if step % admm._EVERY == 0:
+            changed = (mask != before).mean()
+            if changed == 0:
+                break
+            before = mask
+            rho *= next(factor for share, factor in admm._FACTORS if changed > share)
+    return mask
+
+
+@pytest.mark.parametrize(("name", "sparsity"), [("bf16_sp", 0.6), ("w4a8g64_24", 0.5)])
+def test_the_papers_steps(name, sparsity):
+    p = naive.problem(12, 40, seed=1)
+    mask = prune_admm(p, get_format(name), sparsity)
+    assert (mask.numpy() == naive_admm(p, get_format(name), sparsity)).all()
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.87])

@@ -61,7 +61,7 @@ def test_every_architecture(name, tmp_path):
         assert report.bits_per_weight == packed.bits_per_weight
         zeros = (weights[f"{report.name}.weight"] == 0).mean()
         assert report.sparsity == pytest.approx(zeros, abs=1e-12)
-        assert report.sparsity >= report.target - 1e-3
+        assert report.sparsity >= report.target - 0.5 / 96  # whole weights of the shortest row
         assert 0 < report.error < (1 if rule.format in ("w2a8g64", "w1.6a8") else 0.5)
         assert report.seconds > 0
         assert report.damping == ""

@@ -75,13 +75,21 @@ def test_direct_sums(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_activations_that_are_not_finite(bad):
-    dense, path = two_paths("llama")
+    _, path = two_paths("llama")
     path.block.linear("mlp.up_proj").weight.data[3] = bad
     with torch.no_grad():
         path.pass_attention()
         Moments.measure(2, path, None)
         with pytest.raises(RecipeError, match=r"`model\.layers\.1\.mlp\.down_proj`: .* input 3"):
             Moments.measure(3, path, None)
-        dense.pass_attention()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_of_the_dense_model_that_are_not_finite(bad):
+    dense, path = two_paths("llama")
+    dense.block.linear("mlp.up_proj").weight.data[3] = bad
+    with torch.no_grad():
+        for each in (dense, path):
+            each.pass_attention()
         with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.down_proj`: .* the dense model"):
-            Moments.measure(3, dense, path)
+            Moments.measure(3, path, dense)

@@ -51,8 +51,8 @@ __all__ = [
 
 SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
 """`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
-prunes and rounds jointly (SparseGPT, GPTQ); `admm` chooses what goes in the whole layer at once
-(ALPS); `blocks` prunes whole blocks by second order, then goes by columns."""
+prunes and rounds jointly (SparseGPT, GPTQ); `admm` chooses what stays for the whole layer, `blocks`
+chooses whole blocks by second order, and both then go by columns."""
 RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
