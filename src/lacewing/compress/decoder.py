@@ -29,8 +29,8 @@ _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv:1910.07467), in the type of
-    `weight`."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv:1910.07467), in the type
+    of `weight`."""
     return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps)
 
 
