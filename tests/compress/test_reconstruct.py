@@ -12,10 +12,10 @@ from lacewing.formats import FORMATS  # noqa: E402
 from tests.compress.training import FAMILIES, LAYERS, block_of, solutions_of, weights  # noqa: E402
 
 
-def flow(windows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def flow(windows: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     """What block 0 reads, and what the dense one returns."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(windows, 12, 48, generator=generator)
+    x = torch.randn(windows, 96, 48, generator=generator)
     with torch.no_grad():
         return x, block_of(weights())(x)
 
@@ -25,15 +25,14 @@ def test_it_lowers_the_error(format: str) -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), format)
     near = {name: block.linear(name).weight.detach().clone() for name in LAYERS}
-    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, near=near, batch=16)
-    assert found.helped
-    assert found.after < 0.97 * found.before
+    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, seed=0, masks={}, near=near)
+    assert found.after < 0.99 * found.before
     for name, solution in found.solutions.items():
         if FORMATS[format].sparse:
             assert not solution.levels[solutions[name].levels == 0].any()
         assert torch.equal(block.linear(name).weight, solution.values())
     with torch.no_grad():
-        lost = (block(x[56:]) - y[56:]).square().sum(-1) / y[56:].square().sum(-1)
+        lost = (block(x[8:]) - y[8:]).square().sum(-1) / y[8:].square().sum(-1)
     assert lost.mean().item() == pytest.approx(found.after, rel=1e-3)
 
 
@@ -41,32 +40,21 @@ def test_it_never_makes_a_block_worse() -> None:
     """With steps so large that they destroy: what it was given comes back, and it says so."""
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
-    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0, train_norms=True)
-    assert not found.helped
+    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0, seed=0, masks={})
     assert found.after == found.before
-    norm = torch.from_numpy(weights()["model.layers.0.input_layernorm.weight"])
-    assert torch.equal(block.norm("input_layernorm"), norm)
     for name in LAYERS:
         assert torch.equal(found.solutions[name].levels, solutions[name].levels)
         assert torch.equal(block.linear(name).weight, solutions[name].values())
 
 
-def test_norms_may_be_trained() -> None:
-    x, y = flow()
-    results = []
-    for train in (False, True):
-        block, solutions = block_of(weights()), solutions_of(weights(), "w2a8g64")
-        results.append(reconstruct(block, solutions, x, y, steps=40, train_norms=train, batch=16))
-    assert not results[0].norms
-    assert set(results[1].norms) == {"input_layernorm", "post_attention_layernorm"}
-    assert results[1].after < results[0].after
-
-
 def test_it_is_reproducible() -> None:
     x, y = flow()
     runs = [
-        reconstruct(block_of(weights()), solutions_of(weights(), "w3a8g64"), x, y, steps=6, seed=s)
-        for s in (1, 1, 2)
+        reconstruct(
+            *(block_of(weights()), solutions_of(weights(), "w3a8g64"), x, y),
+            **{"steps": 6, "rate": 2e-3, "seed": seed, "masks": {}},
+        )
+        for seed in (1, 1, 2)
     ]
     assert runs[0].after == runs[1].after != runs[2].after
     for name in LAYERS:
@@ -76,7 +64,8 @@ def test_it_is_reproducible() -> None:
 def test_bad_input_has_a_name() -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
+    given = {"steps": 1, "rate": 2e-3, "seed": 0, "masks": {}}
     with pytest.raises(RecipeError, match="at least 2 windows, got 1"):
-        reconstruct(block, solutions, x[:1], y[:1], steps=1)
+        reconstruct(block, solutions, x[:1], y[:1], **given)
     with pytest.raises(RecipeError, match=r"block 0: .* in step 0 at rate 0.002"):
-        reconstruct(block, solutions, x, y * torch.nan, steps=1)
+        reconstruct(block, solutions, x, y * torch.nan, **given)

@@ -10,12 +10,10 @@ Scales: what a stage's layers read is divided by s, and their weights are multip
     3      down        up (rows)                                     intermediate_size
 
 A value channel is read by all query heads of its group, so that their columns of o share one
-factor. Of gate and up only up can be divided: gate goes through the activation. q and k may
-exchange a factor per pair of channels that rope turns together.
+factor. Of gate and up only up can be divided: gate goes through the activation.
 
 Orders: the channels of a stage's input are rearranged, and what makes them with them. The inner
-channels of the MLP go in any order, value channels stay within their head, and the residual stream
-has one order for the whole model.
+channels of the MLP go in any order, value channels stay within their head.
 
 A fold is made in place, on weights that are not rounded yet: the rows of v and up that are divided
 are themselves compressed.
@@ -32,20 +30,13 @@ from lacewing.models import DecoderSpec
 
 __all__ = [
     "channels",
-    "check_order",
     "divided_by",
     "expand",
     "input_order",
     "merge",
-    "permute_ends",
-    "permute_hidden",
     "permute_inputs",
     "scale_inputs",
-    "scale_queries",
 ]
-
-_READ_HIDDEN = (*STAGES[0], *STAGES[2])
-_WRITE_HIDDEN = (*STAGES[1], *STAGES[3])
 
 
 def channels(spec: DecoderSpec, stage: int) -> int:
@@ -106,111 +97,15 @@ def divided_by(block: Block, stage: int, scales: Tensor) -> Tensor:
     return _weight(block, _maker(stage)) / scales[:, None]
 
 
-def scale_queries(block: Block, scales: Tensor) -> None:
-    """Multiplies queries by `scales` and divides keys by them: `[n_kv_heads, head_dim / 2]`, or
-    `[1, head_dim / 2]` for all heads. The two halves of a pair that rope turns share a factor, and
-    so do the query heads of a group. With `qk_norm` it goes into the weights of those norms, which
-    all heads share.
-
-    Raises RecipeError for scales of other shapes, one per head under `qk_norm`, and scales that
-    are not positive and finite.
-    """
-    spec = block.spec
-    where = f"block {block.index}, scales of q and k"
-    heads = 1 if spec.qk_norm else spec.n_kv_heads
-    if scales.dim() != 2 or scales.shape[0] not in (1, heads):
-        why = ", since qk_norm has one weight for all heads" if spec.qk_norm else ""
-        raise RecipeError(
-            f"{where}: needs shape [1, {spec.head_dim // 2}]"
-            f"{'' if heads == 1 else f' or [{heads}, {spec.head_dim // 2}]'}{why},"
-            f" got {list(scales.shape)}"
-        )
-    _check_scales(where, scales.flatten(), scales.shape[0] * spec.head_dim // 2)
-    pairs = torch.cat([scales, scales], dim=1)  # channel i turns with i + head_dim / 2
-    if spec.qk_norm:
-        q, k = _norm(block, "self_attn.q_norm"), _norm(block, "self_attn.k_norm")
-        q.mul_(pairs[0].to(q.dtype))
-        k.div_(pairs[0].to(k.dtype))
-        return
-    keys = pairs.expand(spec.n_kv_heads, -1)
-    queries = keys.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=0)
-    _scale_rows(block, "self_attn.q_proj", queries.flatten())
-    _scale_rows(block, "self_attn.k_proj", 1 / keys.flatten())
-
-
 def permute_inputs(block: Block, stage: int, order: Tensor) -> None:
-    """Channel i of the input of `STAGES[stage]` becomes what channel `order[i]` was.
-
-    Raises RecipeError for what is not a permutation of the channels, for value channels that leave
-    their head, and for stages that read the residual stream, whose order is that of the model.
-    """
-    where = _where(block, stage)
-    if stage in (0, 2):
-        raise RecipeError(
-            f"{where}: reads the residual stream, needs one order in the whole model",
-            hint="use permute_hidden on every block and permute_ends on embedding and head",
-        )
-    check_order(where, order, channels(block.spec, stage))
-    if stage == 1:
-        _check_heads(where, order, block.spec.head_dim)
+    """Channel i of the input of `STAGES[stage]`, 1 or 3, becomes what channel `order[i]` was; value
+    channels stay in their head. The other stages read the residual stream."""
     makers = (_maker(stage),) if stage == 1 else STAGES[2]
     for name in makers:
         _take_rows(block, name, order)
     inputs = input_order(block.spec, stage, order)
     for name in STAGES[stage]:
         _take_columns(block, name, inputs)
-
-
-def permute_hidden(block: Block, order: Tensor) -> None:
-    """Channel i of the residual stream becomes what channel `order[i]` was, in this block. The
-    other blocks and `permute_ends` need the same order.
-
-    Raises RecipeError for what is not a permutation of the channels.
-    """
-    hidden = block.spec.hidden_size
-    check_order(f"block {block.index}, residual stream", order, hidden)
-    for name in _READ_HIDDEN:
-        _take_columns(block, name, order)
-    for name in _WRITE_HIDDEN:
-        _take_rows(block, name, order)
-    names = ["input_layernorm", "post_attention_layernorm"]
-    if block.spec.sandwich_norm:
-        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    for name in names:
-        norm = _norm(block, name)
-        norm.copy_(norm[order])
-
-
-def permute_ends(
-    embedding: Tensor, norm: Tensor, head: Tensor, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embedding `[vocab_size, hidden_size]`, last norm and head of a model whose blocks have gone
-    through `permute_hidden`. A tied head is the embedding, and stays it."""
-    check_order("embedding", order, embedding.shape[1])
-    table = embedding[:, order]
-    return table, norm[order], table if head is embedding else head[:, order]
-
-
-def check_order(where: str, order: Tensor, size: int) -> None:
-    """Raises RecipeError unless `order` is a permutation of 0 .. size - 1."""
-    if order.dtype != torch.int64 or order.shape != (size,):
-        raise RecipeError(
-            f"{where}: needs an order of {size} integers, got {order.dtype} {list(order.shape)}"
-        )
-    wrong = order.sort().values != torch.arange(size)
-    if wrong.any():
-        raise RecipeError(f"{where}: needs every channel once, got an order that is none")
-
-
-def _check_heads(where: str, order: Tensor, head_dim: int) -> None:
-    head = torch.arange(len(order)) // head_dim
-    moved = order // head_dim != head
-    if moved.any():
-        i = int(moved.nonzero()[0])
-        raise RecipeError(
-            f"{where}: needs value channels to stay in their head,"
-            f" got channel {int(order[i])} at {i} with head_dim {head_dim}"
-        )
 
 
 def _check_scales(where: str, scales: Tensor, size: int) -> None:

@@ -79,17 +79,13 @@ class Master:
         start = self.grid.values(start, self._start) if self.grid.scaled else start
         if near is not None:
             start = self._towards(start, self._grouped(near.float()))
-        start = self._masked(start)
-        self._init_weight(start)
+        self.weight = self._masked(start)
         self.gain = self.offset = None
         if learn_scales and self._start.scale is not None:
             self.gain = torch.ones_like(self._start.scale)
             if self._start.base is not None:
                 self.offset = torch.zeros_like(self._start.base)
         self._shape = (n, -(-self.k // self._size))
-
-    def _init_weight(self, start: Tensor) -> None:
-        self.weight = start
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -1,13 +1,14 @@
 """Second-order block pruning (LPViT, arXiv:2407.02068).
 
-A block is some outputs times some inputs Q. With H the Hessian of the inputs that the outputs
-still have, dropping it costs, if the other weights make up for it,
+A block is 16 outputs times one input q. With H the Hessian of the inputs that the outputs still
+have, dropping it costs, if the other weights make up for it,
 
-    tr(w_Q ([H^-1]_QQ)^-1 w_Q^T)
+    |w_q|^2 / [H^-1]_qq
 
-and moves them by `-w_Q ([H^-1]_QQ)^-1 [H^-1]_Q,:` (optimal brain surgeon for a group of weights).
-The cheapest blocks of every strip of outputs go, step by step; inputs that went are eliminated
-from H^-1, which every strip has its own of. What is left are the best weights for the mask.
+The cheapest blocks of every strip of outputs go, step by step; dropping inputs Q moves the other
+weights by `-w_Q ([H^-1]_QQ)^-1 [H^-1]_Q,:` (optimal brain surgeon for a group of weights), and Q is
+eliminated from H^-1, which every strip has its own of. What is left are the best weights for the
+mask.
 
 A layer takes about `0.6 k^3` multiplications for every strip: minutes for k of some thousands,
 where `solve_columns` with a `Choice` decides the same in one sweep, less well.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lacewing.compress.columns import Solution, solve_columns
 from lacewing.compress.grid import Grid
-from lacewing.compress.masks import check_sparsity, of_four
+from lacewing.compress.masks import of_four
 from lacewing.compress.problem import Problem
 from lacewing.errors import RecipeError
 from lacewing.formats.tiles import STRIP
@@ -38,73 +39,50 @@ def solve_blocks(
 ) -> Solution:
     """Blocks of 16 outputs x 1 input go, and what is left is rounded by the column solver.
 
-    Raises RecipeError for a sparsity that is out of range, and a format that cannot hold it.
+    Raises RecipeError for a format that holds two of every four inputs.
     """
-    check_sparsity(grid.format, sparsity)
     if of_four(grid.format):
         raise RecipeError(
             f"{grid.format.name} holds two of every four inputs, not blocks of {STRIP} outputs",
             hint="use the solver `columns`, or the format `w8a8_b16x1`",
         )
-    mask, weight = prune_blocks(problem, STRIP, 1, sparsity)
+    mask, weight = prune_blocks(problem, sparsity)
     return solve_columns(problem.aiming(weight), grid, mask, act_order)
 
 
-def prune_blocks(
-    problem: Problem, outputs: int, inputs: int, sparsity: float, steps: int = _STEPS
-) -> tuple[Tensor, Tensor]:
-    """Drops `floor(blocks * sparsity + 0.5)` of the blocks of every strip of `outputs`, a block
-    being `inputs` wide. The last strip and the last block of a strip may be short.
+def prune_blocks(problem: Problem, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Drops `floor(k * sparsity + 0.5)` inputs of every strip of outputs. The last strip may be
+    short.
 
     Returns the mask, bool `[n, k]`, True for what stays, and the weights with all others moved to
     where they make up for the loss, f32 `[n, k]`.
     """
     upper = problem.inverse_factor.double()
-    inverse = _padded(upper.T @ upper, inputs)
-    strips = problem.weight.split(outputs)
-    found = [_prune_strip(w.double(), inverse, inputs, sparsity, steps) for w in strips]
+    inverse = upper.T @ upper
+    strips = problem.weight.split(STRIP)
+    found = [_prune_strip(w.double(), inverse, sparsity) for w in strips]
     mask = torch.cat([kept.expand_as(w) for kept, w in found])
     return mask, torch.cat([w for _, w in found]).float()
 
 
-def _padded(inverse: Tensor, width: int) -> Tensor:
-    """With inputs that nothing depends on, up to a multiple of `width`."""
-    k = len(inverse)
-    out = torch.eye(-(-k // width) * width, dtype=inverse.dtype)
-    out[:k, :k] = inverse
-    return out
-
-
-def _prune_strip(
-    w: Tensor, inverse: Tensor, width: int, sparsity: float, steps: int
-) -> tuple[Tensor, Tensor]:
+def _prune_strip(w: Tensor, inverse: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     """Of `w` `[outputs, k]`: bool `[k]`, and the weights that are left in their places."""
     k = w.shape[1]
-    drop = math.floor(len(inverse) // width * sparsity + 0.5)
-    left = torch.arange(len(inverse))
-    w = torch.nn.functional.pad(w, (0, len(inverse) - k))
-    for step in range(steps):
-        count = drop * (step + 1) // steps - drop * step // steps
+    drop = math.floor(k * sparsity + 0.5)
+    left = torch.arange(k)
+    out = torch.zeros_like(w)
+    for step in range(_STEPS):
+        count = drop * (step + 1) // _STEPS - drop * step // _STEPS
         if count:
-            stay = torch.ones(len(left) // width, dtype=torch.bool)
-            stay[_costs(w, inverse, width).argsort(stable=True)[:count]] = False
-            stay = stay.repeat_interleave(width)
-            w, inverse = _eliminate(w, inverse, ~stay)
-            left = left[stay]
-    left = left[left < k]
-    out = torch.zeros(len(w), k, dtype=w.dtype)
-    out[:, left] = w[:, : len(left)]
+            costs = w.square().sum(0) / inverse.diagonal()
+            gone = torch.zeros(len(left), dtype=torch.bool)
+            gone[costs.argsort(stable=True)[:count]] = True
+            w, inverse = _eliminate(w, inverse, gone)
+            left = left[~gone]
+    out[:, left] = w
     kept = torch.zeros(k, dtype=torch.bool)
     kept[left] = True
     return kept, out
-
-
-def _costs(w: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """What dropping each block costs, `[blocks]`."""
-    count = len(inverse) // width
-    own = inverse.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    parts = w.view(len(w), count, width).permute(1, 2, 0)
-    return (parts * torch.linalg.solve(own, parts)).sum((1, 2))
 
 
 def _eliminate(w: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:

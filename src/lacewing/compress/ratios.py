@@ -12,38 +12,34 @@ from lacewing.compress.problem import Problem
 from lacewing.errors import RecipeError
 from lacewing.formats import Format
 
-__all__ = ["OUTLIER", "SPREAD", "curve_ratios", "error_curve", "outlier_share", "owl_ratios"]
+__all__ = ["curve_ratios", "error_curve", "outlier_share", "owl_ratios"]
 
-OUTLIER = 5.0
+_OUTLIER = 5.0
 """How many times the mean of a layer its outliers exceed."""
-SPREAD = 0.08
+_SPREAD = 0.08
 """Half of what the ratios of OWL differ by at most."""
 
 
-def outlier_share(weight: Tensor, diagonal: Tensor, threshold: float = OUTLIER) -> float:
-    """The share of the weights `[n, k]` for which `|w_j| * sqrt(E[x_j^2])` exceeds `threshold`
-    times its mean over the layer: the layer outlier distribution of OWL (arXiv:2310.05175).
+def outlier_share(weight: Tensor, diagonal: Tensor) -> float:
+    """The share of the weights `[n, k]` for which `|w_j| * sqrt(E[x_j^2])` exceeds five times its
+    mean over the layer: the layer outlier distribution of OWL (arXiv:2310.05175).
     diagonal: `[k]`, E[x_j^2]."""
     size = weight.abs() * diagonal.sqrt()
-    return float((size > threshold * size.mean()).sum()) / size.numel()
+    return float((size > _OUTLIER * size.mean()).sum()) / size.numel()
 
 
 def owl_ratios(
-    outlier_shares: Mapping[str, float],
-    weights: Mapping[str, int],
-    sparsity: float,
-    spread: float = SPREAD,
+    outlier_shares: Mapping[str, float], weights: Mapping[str, int], sparsity: float
 ) -> dict[str, float]:
     """The ratio of every layer, in [0, 1): the more outliers, the lower (OWL, arXiv:2310.05175).
-    They differ by at most `2 * spread`, and are `sparsity` on average over all weights.
+    They differ by at most 0.16, and are `sparsity` on average over all weights.
 
-    weights: how many each layer has. Raises RecipeError for a sparsity or spread out of range.
+    weights: how many each layer has. Raises RecipeError for a sparsity out of range.
     """
-    _check("sparsity", sparsity)
-    _check("spread", spread)
+    _check(sparsity)
     low, high = min(outlier_shares.values()), max(outlier_shares.values())
     reach = high - low or 1.0
-    wanted = {name: -2 * spread * (d - low) / reach for name, d in outlier_shares.items()}
+    wanted = {name: -2 * _SPREAD * (d - low) / reach for name, d in outlier_shares.items()}
     return _shifted(wanted, weights, sparsity)
 
 
@@ -69,7 +65,7 @@ def curve_ratios(
 
     Raises RecipeError if even the largest of `sparsities` in all layers is less than `sparsity`.
     """
-    _check("sparsity", sparsity)
+    _check(sparsity)
     if sparsity > sparsities[-1]:
         raise RecipeError(
             f"ratios: the errors are known up to a sparsity of {sparsities[-1]:g}, got {sparsity:g}"
@@ -125,6 +121,6 @@ def _shifted(
     return ratios(high)
 
 
-def _check(what: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise RecipeError(f"ratios: {what} must be in [0, 1), got {value:g}")
+def _check(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise RecipeError(f"ratios: sparsity must be in [0, 1), got {sparsity:g}")

@@ -6,13 +6,12 @@ spoils only the groups of its kind (RPTQ, arXiv:2304.01089; Atom, arXiv:2310.191
 folded into the layers around (`folds.py`), so that nothing is rearranged at run time. Channels go
 from large to small, which is also the order in which the column solver does best.
 
-Where the order may change: the inner channels of the MLP, the value channels within a head, and the
-residual stream, once for the whole model.
+Where the order may change: the inner channels of the MLP, and the value channels within a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,14 +24,13 @@ from lacewing.compress.rounding import Inputs, energies, error, sample
 from lacewing.formats import Format
 from lacewing.models import DecoderSpec
 
-__all__ = ["KEYS", "Reader", "Reordering", "hidden_order", "reorder_stage"]
+__all__ = ["KEYS", "Reader", "Reordering", "reorder_stage"]
 
 KEYS = ("rms", "absmax", "weight", "joint")
 """What channels are sorted by: root mean square of the inputs, their largest magnitude, root mean
 square of the weights, and the product of the first and the third."""
 _GAIN = 0.999
 """An order that changes sums only in their last digits is no gain."""
-_TINY = torch.finfo(torch.float32).tiny
 _OUTPUTS = 256
 """Outputs of a layer that the search looks at; what it finds is confirmed on all of them."""
 
@@ -74,7 +72,7 @@ class Reader:
 @dataclass(frozen=True, eq=False)
 class Reordering:
     """What was done. key: what the channels are sorted by, None where they were left as they are.
-    before, after: the mean over readers of `rounding.error`. order: int64 `[channels]`."""
+    before, after: `rounding.error`. order: int64 `[channels]`."""
 
     key: str | None
     before: float
@@ -86,58 +84,27 @@ def reorder_stage(
     block: Block, stage: int, formats: Sequence[Format], inputs: Inputs
 ) -> Reordering:
     """Chooses an order for the input of `STAGES[stage]`, 1 or 3, and folds it into `block`, in
-    place. The stage then reads `inputs.ordered(input_order(block.spec, stage, order))`.
-
-    Raises RecipeError for the other stages, which read the residual stream.
-    """
+    place. The stage then reads `inputs.ordered(input_order(block.spec, stage, order))`. The best
+    order on some of the outputs is taken if it also lowers the error on all of them."""
     spec = block.spec
     weights = [block.linear(name).weight.detach() for name in STAGES[stage]]
     reader = Reader(weights, formats, inputs)
+    identity = torch.arange(channels(spec, stage))
+    before = reader.error(input_order(spec, stage, identity))
+    if not reader.grouped:
+        return Reordering(None, before, before, identity)
     orders = {}
     for key, magnitudes in reader.magnitudes().items():
         of_channels = merge(spec, stage, magnitudes)
         orders[key] = _sort_heads(spec, of_channels) if stage == 1 else _sort(of_channels)
-    found = _choose(
-        [reader], orders, channels(spec, stage), lambda order: input_order(spec, stage, order)
-    )
-    permute_inputs(block, stage, found.order)
-    return found
-
-
-def hidden_order(readers: Sequence[Reader]) -> Reordering:
-    """An order `[hidden_size]` of the residual stream for all of `readers`: stages 0 and 2 of every
-    block, or of some. Channels are sorted by the geometric mean over readers. Nothing is changed:
-    that takes `permute_hidden` on every block and `permute_ends`."""
-    logs = [
-        {key: m.clamp_min(_TINY).log() for key, m in reader.magnitudes().items()}
-        for reader in readers
-    ]
-    orders = {key: _sort(torch.stack([log[key] for log in logs]).mean(0)) for key in KEYS}
-    return _choose(readers, orders, len(orders[KEYS[0]]), lambda order: order)
-
-
-def _choose(
-    readers: Sequence[Reader],
-    orders: Mapping[str, Tensor],
-    size: int,
-    inputs_of: Callable[[Tensor], Tensor],
-) -> Reordering:
-    """The best of `orders` on some of the outputs, if it also lowers the error on all of them."""
-    identity = torch.arange(size)
-    before = _mean_error(readers, inputs_of(identity))
-    if not any(reader.grouped for reader in readers):
-        return Reordering(None, before, before, identity)
-    some = [reader.sampled() for reader in readers]
-    losses = {key: _mean_error(some, inputs_of(order)) for key, order in orders.items()}
+    some = reader.sampled()
+    losses = {k: some.error(input_order(spec, stage, order)) for k, order in orders.items()}
     key = min(losses, key=lambda name: losses[name])
-    after = _mean_error(readers, inputs_of(orders[key]))
-    if after < before * _GAIN:
-        return Reordering(key, before, after, orders[key])
-    return Reordering(None, before, before, identity)
-
-
-def _mean_error(readers: Sequence[Reader], order: Tensor) -> float:
-    return sum(reader.error(order) for reader in readers) / len(readers)
+    after = reader.error(input_order(spec, stage, orders[key]))
+    if after >= before * _GAIN:
+        return Reordering(None, before, before, identity)
+    permute_inputs(block, stage, orders[key])
+    return Reordering(key, before, after, orders[key])
 
 
 def _sort(magnitudes: Tensor) -> Tensor:
