@@ -259,10 +259,11 @@ def calibration(data: dict[str, Any]) -> str:
 
 def healing(row: dict[str, Any]) -> str:
     notes = row["made"]["healed"]
-    minutes = notes["seconds"] / 60
+    budget = notes.get("minutes")
+    limit = f" ({budget:g} minutes allowed)" if budget else ""
     return (
-        f"{cell(row['name'])}: {notes['tokens_seen']:,} tokens in {minutes:.0f} minutes, "
-        f"seed {notes['seed']}."
+        f"{cell(row['name'])}: healed on {notes['tokens_seen']:,} tokens in "
+        f"{notes['steps_done']:,} steps{limit}, seed {notes['seed']}."
     )
 
 
