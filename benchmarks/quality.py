@@ -260,9 +260,9 @@ class Job:
             **({"run": run} if run else {}),
             "rows": rows,
         }
-        page.write(record, harness.ROOT / "docs" / "concepts")
         show(record)
         if not self.args.no_save:
+            page.write(record, harness.ROOT / "docs" / "concepts")
             print("saved", harness.save("quality", record, self.args.threads))
 
     def row(self, one: Configuration, found: dict[str, Any]) -> dict[str, Any]:

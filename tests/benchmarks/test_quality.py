@@ -144,6 +144,8 @@ def test_the_report_has_the_page_and_the_loss(
     job: quality.Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quality.configurations, "DENSE", (job.all[0],))
+    monkeypatch.setattr(harness, "save", lambda kind, record, threads: "a file")
+    job.args.no_save = False
     job.make()
     job.quality()
     (job.folder / "two.json").write_text(
@@ -153,6 +155,21 @@ def test_the_report_has_the_page_and_the_loss(
     job.report()
     assert "+25.00%" in capsys.readouterr().out
     assert "+25.0%" in (harness.ROOT / "docs" / "concepts" / page.PAGE).read_text()
+
+
+def test_dense_models_alone_make_a_report(
+    job: quality.Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality.configurations, "DENSE", tuple(job.all))
+    monkeypatch.setattr(harness, "save", lambda kind, record, threads: "a file")
+    job.args.no_save = False
+    job.make()
+    job.quality()
+    job.report()
+    assert (
+        "what the others are compared with" in (tmp_path / "docs/concepts/quality.md").read_text()
+    )
+    assert not list(tmp_path.rglob("*.svg"))
 
 
 def test_speeds_of_an_earlier_run_are_left_out() -> None:
