@@ -92,7 +92,7 @@ def test_the_rest_of_the_directory_stays(tmp_path: Path, dense: Path) -> None:
     assert (healed["dense"], healed["windows"], healed["window"]) == ("dense", 64, 16)
     assert (healed["steps"], healed["rate"], healed["seed"]) == (30, 5e-3, 0)
     assert (healed["before"], healed["after"]) == (found.before, found.after)
-    assert [step for step, _ in healed["history"]] == [0, 8, 15, 23, 30]
+    assert [step for step, _ in healed["history"]] == [0, 15, 30]
     assert (tmp_path / "after/tokenizer.json").read_text() == training.TOKENS.tokenizer_json
 
 
@@ -105,7 +105,7 @@ def test_what_is_reported_is_what_was_written(tmp_path: Path, dense: Path) -> No
 
 
 def test_it_never_makes_a_model_worse(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lacewing.compress.heal._schedule", lambda share: 1.0)
+    monkeypatch.setattr("lacewing.compress.heal._schedule", lambda *_: 1.0)
     before = write_model(tmp_path / "before", weights(), "w4a8g32")
     found = heal(before, dense, tmp_path / "after", replace(SHORT, rate=1.0, steps=4))
     assert not found.helped
@@ -115,7 +115,9 @@ def test_it_never_makes_a_model_worse(tmp_path: Path, dense: Path, monkeypatch: 
 
 def test_the_best_look_is_kept(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
     """Where a run gets worse at its end, what it was at its best is written."""
-    monkeypatch.setattr("lacewing.compress.heal._schedule", lambda share: 200 * (share > 0.5) + 1)
+    monkeypatch.setattr(
+        "lacewing.compress.heal._schedule", lambda _, share: 200 * (share > 0.5) + 1
+    )
     before = write_model(tmp_path / "before", weights(), "w3a8g64")
     found = heal(before, dense, tmp_path / "after")
     losses = [loss for _, _, loss in found.history]
@@ -193,7 +195,7 @@ def test_minutes_are_a_limit(tmp_path: Path, dense: Path, monkeypatch: Any) -> N
     found = heal(before, dense, tmp_path / "after", how, progress=lambda *t: ticks.append(t))
     assert 0 < found.steps_done < 30
     assert 55 < found.seconds <= 65
-    assert len(found.history) == 5
+    assert len(found.history) == 3
     assert found.history[-1][0] == found.steps_done
     shares = [share for share, _ in ticks]
     assert shares == sorted(shares)
@@ -214,8 +216,8 @@ def test_divergence_is_an_error_that_loses_nothing(
     monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
     gradients = module._Run._gradients
 
-    def spoilt(self: Any) -> float:
-        return gradients(self) if self.step < 5 else float("nan")
+    def spoilt(self: Any, picked: torch.Tensor) -> float:
+        return gradients(self, picked) if self.step < 5 else float("nan")
 
     monkeypatch.setattr(module._Run, "_gradients", spoilt)
     with pytest.raises(RecipeError, match=r"diverged: .* in step 5 at rate 0\.005") as caught:

@@ -99,7 +99,7 @@ def write_model(path: Path, found: dict[str, np.ndarray], format: str) -> Path:
     }
     path.mkdir()
     parts = [f"{name}.{part}" for name in packed for part in ("stream", "offsets")]
-    with SafetensorsWriter(path / WEIGHTS, parts, {}) as out:
+    with SafetensorsWriter(path / WEIGHTS, parts, {"format": "lacewing"}) as out:
         for name, value in packed.items():
             arrays = value.parts if isinstance(value, PackedTensor) else {"": value}
             for part, array in arrays.items():

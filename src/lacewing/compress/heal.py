@@ -36,29 +36,30 @@ from lacewing.compress import savepoint
 from lacewing.compress.columns import Solution
 from lacewing.compress.data import Windows, read_windows
 from lacewing.compress.divergence import divergence
+from lacewing.compress.fingerprint import fingerprint
 from lacewing.compress.master import LowRank, Master, Trainer
 from lacewing.compress.recipe import Calibration
 from lacewing.compress.rewrite import Packed, rewrite
 from lacewing.compress.student import Student
 from lacewing.compress.teacher import Teacher
 from lacewing.errors import RecipeError
-from lacewing.formats import PackedTensor
 
 __all__ = ["Healed", "Healing", "Progress", "heal", "heal_windows"]
 
 Progress = Callable[[float, str], None]
 """Called after every step: the share of the work that is done, and a line that says how it goes."""
 
-_LOOKS = 4
+_LOOKS = 2
 """How often the held-out windows are looked at, after the first time."""
 _SAVE_EVERY = 180.0
-"""Seconds."""
+"""Seconds; more where a save takes more than a fiftieth of that."""
 _BATCH = 1 << 10
 """Tokens that go through the student at once; a step adds up the gradients of several such."""
-_WARM_UP = 0.05
-"""Share of the work in which the rate rises."""
-_RUN, _STATE, _BEST = "run", "state.safetensors", "best.safetensors"
-"""Files of `OUT.work`, beside those of the teacher."""
+_WARM_UP = 20, 0.1
+"""Steps, or share of the work if that is over earlier, in which the rate rises: the means of Adam
+are of few gradients then, and its steps all of full length, in directions that are mostly noise."""
+_RUN, _STATE = "run", "state.safetensors"
+"""Files of `OUT.work`, beside those of the teacher and the best looks."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,19 @@ class Healing:
     """How to heal. steps: as many, bit-reproducible for one number of threads; or minutes: as long,
     all but the packing included, and no two runs are alike.
 
-    rate: of Adam, in shares of the root mean square of each tensor; rises, then falls to zero along
-    a cosine. tokens: of one step. lora_rank: None trains every weight. learn_scales: scales,
-    rounded to f16, are trained with the weights. mix: share of cross-entropy on the text in the
-    loss. held_out: windows that are not trained on, and judge. bf16: whether matrix products run in
-    bf16, twice as fast and more where the CPU has instructions for it; masters are f32 either way.
+    rate: of Adam, in shares of the root mean square of each weight and norm (of what scales were
+    multiplied by, of A and B where changes have a low rank: `Master.rates`); rises over the first
+    steps, then falls to zero along a cosine. tokens: of one step. lora_rank: None trains every
+    weight. learn_scales: scales, rounded to f16, are trained with the weights. mix: share of cross-
+    entropy on the text in the loss. held_out: windows that are not trained on, and judge. bf16:
+    whether matrix products run in bf16, twice as fast and more where the CPU has instructions for
+    it; masters are f32 either way.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    rate: float = 2e-3
-    tokens: int = 2048
+    rate: float = 5e-4
+    tokens: int = 1024
     lora_rank: int | None = None
     learn_scales: bool = True
     mix: float = 0.0
@@ -104,8 +107,8 @@ class Healing:
 @dataclass(frozen=True)
 class Healed:
     """What healing did. before, after: KL to the dense model on held-out windows, nats per token;
-    equal, with the model as it was, where healing did not help. history: (step, seconds, KL) of
-    every look at them."""
+    equal, with the model as it was, where healing did not help. steps_done: 0 where the minutes
+    were over before. history: (step, seconds, KL) of every look at the held-out windows."""
 
     before: float
     after: float
@@ -221,11 +224,13 @@ class _Run:
         self.trainer = Trainer(self.student.masters, self.student.norms().values())
         self.per_step = max(1, healing.tokens // windows.shape[1])
         self.order = (0, torch.arange(self.trained))
-        self.step, self.spent, self.looking = 0, 0.0, 0.0
+        self.step, self.spent = 0, 0.0
+        self.started: float | None = None  # seconds before the first step
+        self.looking = self.pace = 0.0  # seconds of a look, of a step
         self.history: list[tuple[int, float, float]] = []
         self._resume()
         self.student.write()
-        self.saved = time.monotonic()
+        self.saved, self.saving = time.monotonic(), 0.0
 
     def _master(self, solution: Solution, near: Tensor | None, index: int) -> Master:
         rank, scales = self.healing.lora_rank, self.healing.learn_scales
@@ -237,43 +242,79 @@ class _Run:
 
     def train(self) -> None:
         try:
-            if not self.history:
-                self._look()
-            while self._share() < 1 and len(self.history) <= _LOOKS:
-                self._advance()
-                if self._share() * _LOOKS >= len(self.history):
+            while True:
+                if self._due():
                     self._look()
-                if time.monotonic() - self.saved > _SAVE_EVERY:
+                if self._over():
+                    break
+                self._advance()
+                if time.monotonic() - self.saved > max(_SAVE_EVERY, 50 * self.saving):
                     self._save()
+            if self.history[-1][0] != self.step:
+                self._look()
         except KeyboardInterrupt:
             self._save()
             raise
 
+    def _due(self) -> bool:
+        """Whether it is time for a look; follows from what a state holds, so that a run that was
+        stopped in a look has the same ones."""
+        if self.history and self.history[-1][0] == self.step:
+            return False
+        return self._share() * _LOOKS >= len(self.history)
+
     def _share(self) -> float:
-        """How much of the work is done; time is kept for a last look at the held-out windows."""
+        """How much of the work is done, from the first step on."""
         if self.healing.steps is not None:
             return self.step / self.healing.steps
+        if self.started is None:
+            return 0.0
+        return min(1.0, (self._seconds() - self.started) / max(1e-9, self._limit() - self.started))
+
+    def _over(self) -> bool:
+        if self.healing.steps is not None:
+            return self.step >= self.healing.steps
+        return self._seconds() + self.pace > self._limit()
+
+    def _limit(self) -> float:
+        """Seconds: the minutes, less a last look at the held-out windows."""
         assert self.healing.minutes is not None
-        return self._seconds() / max(1e-9, 60 * self.healing.minutes - self.looking)
+        return 60 * self.healing.minutes - self.looking
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.began
 
     def _advance(self) -> None:
-        loss = self._gradients()
+        """A step, unless time is up before the dense model has read what it needs."""
+        picked = self._picked()
+        self._read(picked)
+        if self._over():
+            return
+        began = self._seconds()
+        if self.started is None:
+            self.started = began
+        loss = self._gradients(picked)
         if not math.isfinite(loss):
             raise self._diverged()
         with uninterrupted():
-            norm = self.trainer.step(self.healing.rate * _schedule(self._share()))
+            norm = self.trainer.step(self.healing.rate * _schedule(self.step, self._share()))
             if not math.isfinite(norm):
                 raise self._diverged()
             self.student.write()
             self.step += 1
+        self.pace = self._seconds() - began
         self._tell(f": KL {loss:.4f}")
 
-    def _gradients(self) -> float:
-        """Adds up the gradients of a step; returns its loss."""
-        picked = self._picked()
+    def _read(self, picked: Tensor) -> None:
+        """Has the dense model read the windows `picked`, as long as there is time."""
+        for chunk in self.teacher.unread(picked):
+            if self.history and self._over():
+                return
+            self._tell(": the dense model reads")
+            self.teacher.read(chunk)
+
+    def _gradients(self, picked: Tensor) -> float:
+        """Adds up the gradients of a step on the windows `picked`; returns its loss."""
         total = 0.0
         for part in picked.split(max(1, _BATCH // self.windows.shape[1])):
             loss = self._loss(part, self.healing.mix) * (len(part) / len(picked))
@@ -303,54 +344,57 @@ class _Run:
     def _look(self) -> None:
         """KL on the held-out windows, and what is trained put aside if it is the best so far."""
         held = torch.arange(self.held_out)
-        self.teacher.hidden(held[-1:])  # which takes its time once
+        self._read(held)
         begin = time.monotonic()
-        with torch.no_grad():
-            each = [self._loss(i, 0.0).item() for i in held.split(1)]
-        found = sum(each) / len(each)
+        found = 0.0
+        for part in held.split(max(1, _BATCH // self.windows.shape[1])):
+            with torch.no_grad():
+                found += self._loss(part, 0.0).item() * len(part) / len(held)
         if not math.isfinite(found):
             raise self._diverged()
-        if self.history and found < min(self.history[0][2], self._kept()):
-            savepoint.save(self.work / _BEST, self.trainer.parameters, {"loss": found})
+        better = self.history and found < min(loss for _, _, loss in self.history)
+        if better and not self._over():  # else it is what is in memory
+            savepoint.save(self._kept(self.step), self.trainer.parameters, {})
         self.history.append((self.step, round(self._seconds(), 1), found))
         self.looking = self.looking or time.monotonic() - begin
         self._tell("")
 
     def _tell(self, text: str) -> None:
         if self.progress is not None:
-            rate = self.tokens() / max(1e-9, self._seconds())
-            held = f"held out {self.history[-1][2]:.4f}"
-            line = f"step {self.step}{text}, {held}, {rate:.0f} tokens/s"
-            self.progress(min(1.0, self._share()), line)
+            spent = self._seconds() - (self.started or 0.0)
+            speed = f", {self.tokens() / max(1e-9, spent):.0f} tokens/s" if self.step else ""
+            held = f", held out {self.history[-1][2]:.4f}" if self.history else ""
+            self.progress(min(1.0, self._share()), f"step {self.step}{text}{held}{speed}")
 
     def tokens(self) -> int:
         """Tokens trained on, those of windows met again included."""
         return self.step * self.per_step * self.windows.shape[1]
 
     def _diverged(self) -> RecipeError:
-        rate = self.healing.rate
+        rate, state = self.healing.rate, self.work / _STATE
+        hint = f"run it again with a rate of {rate / 3:.1g}"
+        if state.exists():
+            saved = savepoint.read_facts(state)["step"]
+            hint += f": it goes on from step {saved}, or from none if you delete {self.work}"
         return RecipeError(
             f"healing diverged: needs a finite loss, got none in step {self.step} at rate {rate:g}",
-            hint=f"run it again with a rate of {rate / 3:.1g}: it goes on from the state saved in"
-            f" {self.work}, or begins anew if you delete that",
+            hint=hint,
         )
 
     # -- results and state ------------------------------------------------------------------------
 
     def best(self) -> Healed:
         """What was reached, with the best of all looks in the masters and norms."""
-        first, last, kept = self.history[0][2], self.history[-1][2], self._kept()
-        after = min(first, last, kept)
-        if after == kept != last:
-            savepoint.load(self.work / _BEST, self.trainer.parameters)
+        step, _, after = min(self.history, key=lambda look: look[2])
+        if step not in (0, self.step):
+            savepoint.load(self._kept(step), self.trainer.parameters)
         seconds, history = round(self._seconds(), 1), tuple(self.history)
-        return Healed(first, after, self.step, self.tokens(), seconds, history)
+        return Healed(self.history[0][2], after, self.step, self.tokens(), seconds, history)
 
-    def _kept(self) -> float:
-        """The loss of what was put aside, which may be of a later look than the state that an
-        interrupted run went on from."""
-        path = self.work / _BEST
-        return float(savepoint.read_facts(path)["loss"]) if path.exists() else math.inf
+    def _kept(self, step: int) -> Path:
+        """What was trained at a look that was the best until then. One file for each: a run that
+        goes on from an earlier state may need an earlier one."""
+        return self.work / f"best.{step}.safetensors"
 
     def packed(self) -> dict[str, Callable[[], Packed]]:
         """What replaces tensors of the compressed model."""
@@ -374,11 +418,15 @@ class _Run:
         facts = {
             "step": self.step,
             "seconds": self._seconds(),
+            "started": self.started,
             "looking": self.looking,
+            "pace": self.pace,
             "history": self.history,
         }
+        began = time.monotonic()
         savepoint.save(self.work / _STATE, tensors, facts)
         self.saved = time.monotonic()
+        self.saving = self.saved - began
 
     def _resume(self) -> None:
         path = self.work / _STATE
@@ -386,16 +434,16 @@ class _Run:
             return
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
         facts = savepoint.load(path, tensors)
-        self.step, self.spent, self.looking = facts["step"], facts["seconds"], facts["looking"]
+        self.step, self.spent, self.started = facts["step"], facts["seconds"], facts["started"]
+        self.looking, self.pace = facts["looking"], facts["pace"]
         self.history = [(step, seconds, loss) for step, seconds, loss in facts["history"]]
         self.trainer.count(self.step)
 
 
-def _schedule(share: float) -> float:
+def _schedule(step: int, share: float) -> float:
     """The rate, as a share of the largest: up along a line, down to zero along a cosine."""
-    if share < _WARM_UP:
-        return share / _WARM_UP + 0.01
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP))))
+    steps, work = _WARM_UP
+    return min(1.0, max((step + 1) / steps, share / work)) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _shuffled(count: int, seed: int) -> Tensor:
@@ -495,11 +543,7 @@ def _workplace(work: Path, identity: str) -> Iterator[None]:
 def _identity(compressed: PackedSource, dense: Source, windows: Tensor, healing: Healing) -> str:
     """What an interrupted run must have been given to go on: all but the rate."""
     told = {key: value for key, value in asdict(healing).items() if key != "rate"}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    facts = [told, list(windows.shape), fingerprint(compressed), fingerprint(dense)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(windows.contiguous().numpy())
-    for value in compressed.values.values():
-        for part in value.parts.values() if isinstance(value, PackedTensor) else (value,):
-            digest.update(part)
-    first = dense.tensors["model.layers.0.self_attn.q_proj.weight"]
-    digest.update(first.dequantize())
     return digest.hexdigest()

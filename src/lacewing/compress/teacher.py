@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,8 @@ __all__ = ["Teacher", "hold"]
 
 F16 = npt.NDArray[np.float16]
 
-_CHUNK = 1 << 15
-"""Tokens read at once: reading every block of the file anew is then little of the work."""
-_BATCH = 1 << 11
-"""Tokens in one pass of a block."""
+_CHUNK = 1 << 11
+"""Tokens read at once, and kept in one file."""
 
 
 def hold(block: Block, dtype: torch.dtype) -> Block:
@@ -38,9 +36,9 @@ def hold(block: Block, dtype: torch.dtype) -> Block:
 class Teacher:
     """The dense model over fixed windows of tokens, int64 `[count, T]`.
 
-    Windows are read in chunks, block by block: memory of one block and the activations of a chunk.
-    What the head of the dense model reads, f16, lies in one file per chunk in `place`; what is
-    there already is not computed again.
+    Windows are read in chunks of a few thousand tokens, when they are needed first. What the head
+    of the dense model reads, f16, lies in one file per chunk in `place`; what is there already is
+    not computed again. The model itself stays in memory once it has been asked.
     """
 
     def __init__(self, source: Source, windows: Tensor, place: Path, dtype: torch.dtype) -> None:
@@ -51,37 +49,46 @@ class Teacher:
         self.head = Head(head.to(dtype), source.spec.logit_softcap)
         self._per_chunk = max(1, _CHUNK // windows.shape[1])
 
+    def unread(self, picked: Tensor) -> list[int]:
+        """The chunks that windows `picked` are in and that were not read yet."""
+        chunks = sorted({i // self._per_chunk for i in picked.tolist()})
+        return [chunk for chunk in chunks if not self._path(chunk).exists()]
+
+    def read(self, chunk: int) -> None:
+        """Puts down what the dense model says of a chunk. Raises RecipeError if it overflows."""
+        path = self._path(chunk)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, self._read(self._ids(chunk)).numpy(), allow_pickle=False)
+        partial.replace(path)
+
     def hidden(self, picked: Tensor) -> Tensor:
-        """f32 `[len(picked), T, hidden_size]`: after the last norm, of the windows `picked`."""
+        """f32 `[len(picked), T, hidden_size]`: after the last norm, of windows that were read."""
         rows = []
         for i in picked.tolist():
             chunk, row = divmod(i, self._per_chunk)
-            rows.append(torch.from_numpy(self._chunk(chunk)[row].astype(np.float32)))
+            shape = (*self._ids(chunk).shape, self._decoder.spec.hidden_size)
+            rows.append(torch.from_numpy(_open(self._path(chunk), shape)[row].astype(np.float32)))
         return torch.stack(rows)
 
-    def _chunk(self, index: int) -> F16:
-        path = self.place / f"teacher.{index}.npy"
-        ids = self.windows[index * self._per_chunk :][: self._per_chunk]
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.save(file, self._read(ids).numpy(), allow_pickle=False)
-                os.fsync(file.fileno())
-            partial.replace(path)
-        shape = (*ids.shape, self._decoder.spec.hidden_size)
-        return _open(path, shape)
+    def _path(self, chunk: int) -> Path:
+        return self.place / f"teacher.{chunk}.npy"
+
+    def _ids(self, chunk: int) -> Tensor:
+        return self.windows[chunk * self._per_chunk :][: self._per_chunk]
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        layers = range(self._decoder.spec.n_layers)
+        return [hold(self._decoder.block(index), self.dtype) for index in layers]
 
     def _read(self, ids: Tensor) -> Tensor:
-        decoder, spec = self._decoder, self._decoder.spec
+        decoder, in_bf16 = self._decoder, self.dtype == torch.bfloat16
         x = decoder.embed(ids, self._embedding)
-        step = max(1, _BATCH // ids.shape[1])
-        in_bf16 = self.dtype == torch.bfloat16
-        for index in range(spec.n_layers):
-            block = hold(decoder.block(index), self.dtype)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-                for part in x.split(step):
-                    part.copy_(block(part))
-        out = rms_norm(x, self._norm, spec.norm_eps).half()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            for block in self._blocks:
+                x = block(x)
+        out = rms_norm(x, self._norm, decoder.spec.norm_eps).half()
         if not out.isfinite().all():
             raise RecipeError(
                 f"{decoder.source.path}: needs finite activations that f16 holds, got others",
