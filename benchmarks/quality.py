@@ -15,11 +15,12 @@ docs/concepts/quality.md. What is done is kept in benchmarks/.cache as it comes 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from configurations import Configuration
 from harness import Candidate, Worker
 
 from lacewing.checkpoint import open_source
+from lacewing.compress import Recipe
 
 STAGES = ("make", "quality", "speed", "report")
 PROMPT, TOKENS = 16, 128  # as decode.py has them
@@ -126,7 +128,13 @@ class Job:
             return one.digest(str(manifest.stat().st_mtime_ns if manifest.exists() else None))
         if ready := self.rival_file(one):
             return one.digest(str(ready), str(ready.stat().st_mtime_ns))
-        return one.digest(self.args.model.name, self.args.calibration.name * one.calibrated)
+        source = self.args.model
+        more = [source.name, str(source.stat().st_mtime_ns if source.exists() else None)]
+        if one.calibrated:
+            more.append(file_digest(self.args.calibration))
+        if one.preset:  # what the name stands for may change
+            more.append(Recipe.preset(one.preset).digest())
+        return one.digest(*more)
 
     def judged(self, one: Configuration) -> dict[str, Any]:
         """What is known of a configuration that was evaluated as the arguments say now."""
@@ -197,13 +205,15 @@ class Job:
             except SystemExit as error:  # the others are wanted all the same
                 harness.progress(f"{one.name} cannot be evaluated: {error}")
                 continue
-            self.store.write(one, self.made(one) | {"quality": judged | self.scope()})
+            judged |= {"commit": harness.commit(), **self.scope()}
+            self.store.write(one, self.made(one) | {"quality": judged})
             harness.progress(f"{one.name}: perplexity {judged['perplexity']:.4f}")
 
     def scope(self) -> dict[str, Any]:
         """What must be the same for figures to be compared."""
         names = ("max_tokens", "window", "items", "seed")
-        return {"text": self.args.text.name, **{name: getattr(self.args, name) for name in names}}
+        text = {"text": self.args.text.name, "text_digest": file_digest(self.args.text)}
+        return text | {name: getattr(self.args, name) for name in names}
 
     # -- speed ------------------------------------------------------------------------------------
 
@@ -277,6 +287,7 @@ class Job:
             "bytes": found["bytes"],
             "bits_per_weight": round(8 * found["bytes"] / self.weights, 3),
             "made": found["made"],
+            "evaluated": {"commit": judged["commit"]},
             **{name: judged[name] for name in (*judges.PERPLEXITY, "tasks")},
         }
         return row | ({"speed": found["speed"]} if "speed" in found else {})
@@ -308,6 +319,12 @@ def last_run(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if runs.get(row["name"], last) != last:
             del row["speed"]
     return last
+
+
+@cache
+def file_digest(path: Path) -> str:
+    """Of a text's content; the name says little."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def file_bytes(path: Path) -> int:

@@ -25,6 +25,12 @@ JUDGED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Contents are read once in a run of the benchmark, not once in a run of the tests."""
+    quality.file_digest.cache_clear()
+
+
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Job:
     """Four packed directories that were made elsewhere, and a judge that counts."""
@@ -42,6 +48,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Job:
 
 
 def arguments(folder: Path, **more: Any) -> argparse.Namespace:
+    for name in ("text.txt", "c4.jsonl"):
+        (folder / name).write_text(name)
     found = {
         "model": folder / "model.gguf",
         "text": folder / "text.txt",
@@ -109,6 +117,27 @@ def test_another_model_under_the_same_name_is_noticed(
     assert [path.name for path in seen] == ["one", "two", "one"]
 
 
+def test_another_text_of_the_same_name_is_evaluated_anew(job: quality.Job) -> None:
+    job.make()
+    job.quality()
+    assert all(job.judged(one)["quality"]["commit"] == harness.commit() for one in job.all)
+    job.args.text.write_text("another")
+    quality.file_digest.cache_clear()
+    assert not any(job.judged(one) for one in job.all)
+
+
+def test_a_digest_is_of_the_contents(job: quality.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = quality.Configuration("preset small", "calibrated", preset="small")
+    found = {job.digest(one)}
+    job.args.calibration.write_text("other documents")
+    quality.file_digest.cache_clear()
+    found.add(job.digest(one))
+    other = quality.Recipe.preset("safe")
+    monkeypatch.setattr(quality.Recipe, "preset", lambda name: other)
+    found.add(job.digest(one))
+    assert len(found) == 3
+
+
 def test_one_that_fails_does_not_stop_the_others(
     job: quality.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,10 +177,9 @@ def test_the_report_has_the_page_and_the_loss(
     job.args.no_save = False
     job.make()
     job.quality()
-    (job.folder / "two.json").write_text(
-        json.dumps(job.store.read(job.all[1]) | {"quality": {**JUDGED, **job.scope(),
-                                                             "perplexity": 25.0}})
-    )  # fmt: skip
+    found = job.store.read(job.all[1])
+    found["quality"]["perplexity"] = 25.0
+    job.store.write(job.all[1], found)
     job.report()
     assert "+25.00%" in capsys.readouterr().out
     assert "+25.0%" in (harness.ROOT / "docs" / "concepts" / page.PAGE).read_text()

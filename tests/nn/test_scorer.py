@@ -112,6 +112,27 @@ def test_generation_is_greedy() -> None:
     assert found.generate([prompt], 4) == [ids[5:]]
 
 
+def test_generation_minds_no_settings_of_the_model() -> None:
+    found = scorer()
+    said = found.generate([IDS[:5]], 4)
+    settings = found._model.generation_config
+    settings.repetition_penalty, settings.forced_eos_token_id = 9.0, 7
+    settings.do_sample, settings.suppress_tokens = True, said[0]
+    assert found.generate([IDS[:5]], 4) == said
+
+
+def test_generation_ends() -> None:
+    model = tiny("llama")
+    said = TorchScorer(model, letters()).generate([IDS[:5]], 4)[0]
+    model.generation_config.eos_token_id = [said[2], 2]
+    first = said.index(said[2])
+    assert TorchScorer(model, letters()).generate([IDS[:5]], 4) == [said[: first + 1]]
+    short = TorchScorer(tiny("llama"), letters(), max_context=7)
+    assert short.generate([IDS[:5]], 4) == [said[:2]]
+    with pytest.raises(RequestError, match="must be shorter than the context of 7 tokens, got 7"):
+        short.generate([IDS[:7]], 4)
+
+
 @pytest.mark.parametrize(
     ("ids", "start", "message"),
     [
@@ -151,5 +172,21 @@ def test_a_directory_is_opened(tmp_path: Path) -> None:
 def test_what_is_no_directory_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is a Hugging Face directory"):
         open_scorer(tmp_path / "none")
+    with pytest.raises(RequestError, match="transformers cannot open it"):
+        open_scorer(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["weights", "tokenizer", "pickle"])
+def test_damage_is_a_typed_error(tmp_path: Path, damage: str) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:200])
+    elif damage == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("[]")
+    else:
+        torch.save(tiny("llama").state_dict(), tmp_path / "pytorch_model.bin")
+        weights.unlink()
     with pytest.raises(RequestError, match="transformers cannot open it"):
         open_scorer(tmp_path)

@@ -41,6 +41,7 @@ class TorchScorer:
         self.prefix_token: int | None = next((t for t in first if t is not None), None)
         self._model = model.eval()
         self._tokenizer = tokenizer
+        self._ends = _ends(model, tokenizer)
         # Of tokens that are only read, the head need not see all.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if keeps else {}
@@ -67,16 +68,20 @@ class TorchScorer:
         return [self._generate(self._checked(prompt), count) for prompt in prompts]
 
     def _generate(self, prompt: list[int], count: int) -> list[int]:
-        ids = self._tensor(prompt)
-        with torch.inference_mode():
-            said = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=self.prefix_token or 0,
+        """Step by step: what the model's own settings want of `generate` is not greedy."""
+        if len(prompt) >= self.max_context:
+            raise RequestError(
+                f"{self.name}: a prompt must be shorter than the context of {self.max_context} "
+                f"tokens, got {len(prompt)}"
             )
-        answer: list[int] = said[0, len(prompt) :].tolist()
+        cache, read = self._after(prompt[:-1]), prompt[-1:]
+        answer: list[int] = []
+        while len(answer) < min(count, self.max_context - len(prompt)):
+            logits, cache = self._forward(read, cache)
+            read = [int(logits[0, -1].argmax())]
+            answer += read
+            if read[0] in self._ends:
+                break
         return answer
 
     def _logits(self, ids: list[int], start: int) -> Iterator[Floats]:
@@ -140,8 +145,17 @@ def _bos(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, as the tokenizer and the model's settings have them."""
+    settings = getattr(model, "generation_config", None)
+    more = getattr(settings, "eos_token_id", None)
+    found = [*(more if isinstance(more, (list, tuple)) else [more]), tokenizer.eos_token_id]
+    return frozenset(token for token in found if token is not None)
+
+
 def open_scorer(path: Path, format: str | None = None) -> TorchScorer:
-    """The language model of a Hugging Face directory, in float32; no code of it is run.
+    """The language model of a Hugging Face directory (its weights in safetensors), in float32; no
+    code of it is run.
 
     format: pack the linear layers into it (`replace_linear`). Raises RequestError where
     transformers cannot open it, LacewingError where it is absent.
@@ -157,11 +171,12 @@ def open_scorer(path: Path, format: str | None = None) -> TorchScorer:
         raise RequestError(f"{path}: with PyTorch, a model is a Hugging Face directory")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        safe = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
+            path, dtype=torch.float32, use_safetensors=True, **safe
         )
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except Exception as error:  # a stranger's files make it, and what it calls, raise anything
         raise RequestError(f"{path}: transformers cannot open it: {error}") from error
     if format is not None:
         from lacewing.nn.replace import replace_linear
