@@ -10,7 +10,12 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import harness  # noqa: F401 - finds lacewing
+
+from lacewing.formats import FORMATS
 
 CALIBRATION = {"tokens": 32768, "window": 512, "seed": 0}
 
@@ -125,9 +130,22 @@ def for_model(stem: str) -> list[Configuration]:
     return table(*OWN.get(stem, ((), "")))
 
 
-def made_elsewhere(text: str, family: str) -> Configuration:
-    """`NAME=DIRECTORY`, as the command line gives it."""
+def made_elsewhere(text: str, family: str = "") -> Configuration:
+    """`NAME=DIRECTORY`, as the command line gives it; without a family, what its manifest says."""
     name, equals, directory = text.partition("=")
     if not (name and equals and directory):
         raise SystemExit(f"error: needs NAME=DIRECTORY, got {text!r}")
-    return Configuration(name, family, directory=directory)
+    return Configuration(name, family or family_of(Path(directory)), directory=directory)
+
+
+def family_of(directory: Path) -> str:
+    """Of a packed directory. One sparse matrix makes a sparse model, for a sparse format is left
+    out where it does not pay."""
+    file = directory / "lacewing.json"
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    formats = {each["format"] for each in manifest.get("tensors", {}).values()}
+    if manifest.get("healed"):
+        return "healed"
+    if any(FORMATS[name].sparse for name in formats & FORMATS.keys()):
+        return "sparse"
+    return "calibrated" if manifest.get("recipe") else "nearest"

@@ -15,6 +15,7 @@ from typing import Any
 
 import axes
 import picture
+import verdict
 from picture import Point
 
 PAGE = "quality.md"
@@ -44,7 +45,8 @@ def write(record: dict[str, Any], docs: Path) -> None:
         path = docs / f"quality-{name}-{kind}.svg"
         path.write_text(svg, encoding="utf-8")
         shown.append(f"![{record['label']}: {WORDS[kind]}]({path.name})")
-    fill(docs / PAGE, name, "\n\n".join([*shown, table(record), conditions(record)]))
+    parts = [*shown, findings(record), table(record), conditions(record)]
+    fill(docs / PAGE, name, "\n\n".join(filter(None, parts)))
 
 
 def slug(label: str) -> str:
@@ -76,6 +78,8 @@ WORDS = {
 def pictures(record: dict[str, Any]) -> dict[str, str]:
     """By kind, the SVG of what the record can show."""
     rows, label = record["rows"], record["label"]
+    if not any(shown(row) for row in rows):
+        return {}
     tokens = f"{record['text']}, {rows[0]['scored_tokens']:,} tokens"
     dense = dense_perplexity(rows)
     sized = points(rows, "bytes", "loss")
@@ -209,9 +213,14 @@ def table(record: dict[str, Any]) -> str:
 def title(row: dict[str, Any]) -> str:
     """The name, the engine where it is not ours, and what became dense although it was not meant
     to: a sparse format that does not pay is left out by `lacewing compress`."""
-    name = f"llama.cpp {row['name']}" if row["family"] == "llama.cpp" else str(row["name"])
+    name = verdict.called(row)
     dense = sum(each["tensors"] for each in row["made"].get("dense_instead", ()))
     return f"{name} ({dense} matrices dense instead)" if dense else name
+
+
+def findings(record: dict[str, Any]) -> str:
+    """Markdown: what the figures say."""
+    return "\n".join(f"- {cell(sentence)}" for sentence in verdict.sentences(record))
 
 
 def percent(share: float | None) -> str:
@@ -259,10 +268,11 @@ def calibration(data: dict[str, Any]) -> str:
 
 def healing(row: dict[str, Any]) -> str:
     notes = row["made"]["healed"]
-    minutes = notes["seconds"] / 60
+    budget = notes.get("minutes")
+    limit = f" ({budget:g} minutes allowed)" if budget else ""
     return (
-        f"{cell(row['name'])}: {notes['tokens_seen']:,} tokens in {minutes:.0f} minutes, "
-        f"seed {notes['seed']}."
+        f"{cell(row['name'])}: healed on {notes['tokens_seen']:,} tokens in "
+        f"{notes['steps_done']:,} steps{limit}, seed {notes['seed']}."
     )
 
 

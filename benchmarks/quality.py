@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the configurations")
     parser.add_argument("--again", action="store_true", help="forget what these stages found")
     parser.add_argument("--llama-python", type=Path, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--rival-files", type=Path, help="has TYPE.gguf: not quantized again")
     parser.add_argument("--context", type=int, default=1024, help="of the speed's measurement")
     harness.add_common_arguments(parser)
     args = parser.parse_args()
@@ -107,7 +108,7 @@ class Job:
 
     def wanted(self) -> list[Configuration]:
         found = configurations.for_model(self.args.model.stem)
-        for family, given in (("healed", self.args.healed), ("calibrated", self.args.directory)):
+        for family, given in (("healed", self.args.healed), ("", self.args.directory)):
             found += [configurations.made_elsewhere(text, family) for text in given]
         if not self.args.llama_python:
             harness.progress("no --llama-python: llama.cpp is not beside ours")
@@ -123,6 +124,8 @@ class Job:
         if one.directory:  # the same name may be another model by now
             manifest = Path(one.directory) / "lacewing.json"
             return one.digest(str(manifest.stat().st_mtime_ns if manifest.exists() else None))
+        if ready := self.rival_file(one):
+            return one.digest(str(ready), str(ready.stat().st_mtime_ns))
         return one.digest(self.args.model.name, self.args.calibration.name * one.calibrated)
 
     def judged(self, one: Configuration) -> dict[str, Any]:
@@ -156,10 +159,17 @@ class Job:
         if one.directory:
             return Path(one.directory).resolve(), {}
         if one.kind:
-            return models.gguf(self.args.model, one.kind, self.args), {}
+            ready = self.rival_file(one)
+            return ready or models.gguf(self.args.model, one.kind, self.args), {}
         out = self.folder / one.slug
         options = [*self.how(one), "--force", "--json"]
         return out, harness.lacewing("compress", str(self.args.model), str(out), *options)
+
+    def rival_file(self, one: Configuration) -> Path | None:
+        """llama.cpp's file that `--rival-files` has; that of the file's own grid is the model."""
+        folder = self.args.rival_files
+        path = folder.resolve() / f"{one.kind}.gguf" if folder and one.kind else None
+        return path if path and path.exists() and not one.own_grid else None
 
     def how(self, one: Configuration) -> list[str]:
         """The options of `lacewing compress`."""
@@ -250,9 +260,9 @@ class Job:
             **({"run": run} if run else {}),
             "rows": rows,
         }
-        page.write(record, harness.ROOT / "docs" / "concepts")
         show(record)
         if not self.args.no_save:
+            page.write(record, harness.ROOT / "docs" / "concepts")
             print("saved", harness.save("quality", record, self.args.threads))
 
     def row(self, one: Configuration, found: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import configurations
 import picture
 import pytest
 from configurations import Configuration
 
+from lacewing.compress import Recipe
 from lacewing.formats import FORMATS
 
 STEMS = [*configurations.OWN, "another-model"]
@@ -28,10 +32,20 @@ def test_no_two_share_a_file(stem: str) -> None:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_every_format_is_in_the_table(stem: str) -> None:
+def test_every_dense_format_is_in_the_table(stem: str) -> None:
     found = configurations.for_model(stem)
     rules = [rule["format"] for one in found if one.recipe for rule in one.recipe["rules"]]
-    assert {one.format for one in found} | set(rules) >= set(FORMATS)
+    dense = {name for name, kind in FORMATS.items() if not kind.sparse}
+    assert {one.format for one in found} | set(rules) >= dense
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_recipe_is_one(stem: str) -> None:
+    for one in configurations.for_model(stem):
+        if one.recipe:
+            Recipe.from_dict({"name": one.name, **one.recipe})
+        if one.preset:
+            Recipe.preset(one.preset)
 
 
 def test_a_digest_is_of_all_that_decides() -> None:
@@ -45,6 +59,24 @@ def test_a_digest_is_of_all_that_decides() -> None:
 def test_a_slug_is_a_file_name(name: str) -> None:
     slug = Configuration(name, "healed", directory="/somewhere").slug
     assert slug and "/" not in slug and not slug.startswith(".") and slug.isascii()
+
+
+@pytest.mark.parametrize(
+    ("format", "more", "family"),
+    [
+        ("w4a8g32", {}, "nearest"),
+        ("w4a8g32", {"recipe": {"recipe": {}}}, "calibrated"),
+        ("w8a8g64_sp", {"recipe": {"recipe": {}}}, "sparse"),
+        ("w8a8_b16x1", {}, "sparse"),
+        ("w8a8g64_sp", {"recipe": {"recipe": {}}, "healed": {"seed": 0}}, "healed"),
+    ],
+)
+def test_a_directory_says_its_family(
+    format: str, more: dict[str, object], family: str, tmp_path: Path
+) -> None:
+    tensors = {"norm": {"format": "f32"}, "q": {"format": format}, "k": {"format": "w8a8g64"}}
+    (tmp_path / "lacewing.json").write_text(json.dumps({"tensors": tensors, **more}))
+    assert configurations.made_elsewhere(f"it={tmp_path}").family == family
 
 
 def test_directories_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ RECORD: dict[str, Any] = {
         row("w8a8g64_sp 50%", 95_000_000, 30.0, family="sparse",
             made={"dense_instead": [{"tensors": 3}, {"tensors": 4}]}),
         row("w3 healed", 75_000_000, 23.0, family="healed",
-            made={"healed": {"tokens_seen": 123_456, "seconds": 1201.0, "seed": 5}}),
+            made={"healed": {"tokens_seen": 123_456, "steps_done": 60, "minutes": 20, "seed": 5}}),
     ],
 }  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_conditions_give_tokens_items_seed_and_machine() -> None:
     for words in ("61,410", "2048", "LAMBADA: 200 items", "seed 7", "a CPU"):
         assert words in text
     assert "Calibrated on 65,536 tokens of c4_200.jsonl, seed 3." in text
-    assert "w3 healed: 123,456 tokens in 20 minutes, seed 5." in text
+    assert "w3 healed: healed on 123,456 tokens in 60 steps (20 minutes allowed), seed 5." in text
 
 
 def test_a_region_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:

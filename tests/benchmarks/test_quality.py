@@ -55,6 +55,7 @@ def arguments(folder: Path, **more: Any) -> argparse.Namespace:
         "only": None,
         "again": False,
         "llama_python": None,
+        "rival_files": None,
         "threads": 1,
         "label": "",
         "no_save": True,
@@ -143,6 +144,8 @@ def test_the_report_has_the_page_and_the_loss(
     job: quality.Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quality.configurations, "DENSE", (job.all[0],))
+    monkeypatch.setattr(harness, "save", lambda kind, record, threads: "a file")
+    job.args.no_save = False
     job.make()
     job.quality()
     (job.folder / "two.json").write_text(
@@ -152,6 +155,21 @@ def test_the_report_has_the_page_and_the_loss(
     job.report()
     assert "+25.00%" in capsys.readouterr().out
     assert "+25.0%" in (harness.ROOT / "docs" / "concepts" / page.PAGE).read_text()
+
+
+def test_dense_models_alone_make_a_report(
+    job: quality.Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality.configurations, "DENSE", tuple(job.all))
+    monkeypatch.setattr(harness, "save", lambda kind, record, threads: "a file")
+    job.args.no_save = False
+    job.make()
+    job.quality()
+    job.report()
+    assert (
+        "what the others are compared with" in (tmp_path / "docs/concepts/quality.md").read_text()
+    )
+    assert not list(tmp_path.rglob("*.svg"))
 
 
 def test_speeds_of_an_earlier_run_are_left_out() -> None:
@@ -173,6 +191,21 @@ def test_a_manifest_says_how_it_was_made(tmp_path: Path) -> None:
     assert quality.manifest_notes(tmp_path) == {"recipe": {"name": "small"}, "data": data}
     (tmp_path / "lacewing.json").write_text(json.dumps({"recipe": None, "healed": {"seed": 1}}))
     assert quality.manifest_notes(tmp_path) == {"healed": {"seed": 1}}
+
+
+def test_files_of_a_rival_that_are_there_are_taken(
+    tmp_path: Path, job: quality.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [quality.configurations.llama("Q8_0"), quality.configurations.llama("Q4_0")]
+    monkeypatch.setattr(quality.configurations, "for_model", lambda stem: list(kinds))
+    monkeypatch.setattr(models, "gguf", lambda *_: pytest.fail("quantized"))
+    for one in kinds:
+        (tmp_path / f"{one.kind}.gguf").write_bytes(b"1234")
+    job = quality.Job(arguments(tmp_path, llama_python=Path("python"), rival_files=tmp_path))
+    job.make()
+    assert [job.made(one)["bytes"] for one in kinds] == [4, 4]
+    os.utime(tmp_path / "Q4_0.gguf", ns=(1, 1))
+    assert [bool(job.made(one)) for one in kinds] == [True, False]
 
 
 def test_tasks_are_called_by_their_files() -> None:

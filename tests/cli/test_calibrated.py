@@ -85,7 +85,7 @@ def test_a_dry_run(call: Call, tiny_hub: Path, given: Any) -> None:
         assert word in shown
     status, shown, _ = call("compress", tiny_hub, out, "--recipe", "small", "--dry-run", "--json")
     assert status == 0
-    assert json.loads(shown)["windows"] == 512  # as long as the whole context
+    assert json.loads(shown)["windows"] == 256  # as long as the whole context
     assert not out.exists()
 
 

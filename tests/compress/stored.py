@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lacewing.compress.calibrate import compress_blocks
-from lacewing.compress.decoder import Decoder
+from lacewing.compress.decoder import STAGES, Block, Decoder
 from lacewing.compress.recipe import Calibration, Recipe, Rule
-from lacewing.compress.session import LayerReport, Packed, Session
+from lacewing.compress.session import Change, LayerReport, Packed, Session
 from lacewing.formats import PackedTensor, get_format
 from tests.tiny import tiny_spec, tiny_tokens, tiny_weights
 
+LAYERS = tuple(name for stage in STAGES for name in stage)
 WINDOWS, TOKENS = 12, 24
 
 
@@ -69,6 +70,7 @@ class Compressed:
 
     tensors: dict[str, Packed]
     reports: list[LayerReport]
+    changes: list[Change]
     output: Tensor
     told: list[str] = field(default_factory=list)
 
@@ -114,7 +116,7 @@ def run(
         for index in range(session.blocks):
             tensors |= session.tensors(index)
         output = session.activations("compressed")[0].clone()
-        return Compressed(tensors, session.reports(), output, told)
+        return Compressed(tensors, session.reports(), session.changes(), output, told)
 
 
 def output_of(decoder: Decoder, windows: Tensor) -> Tensor:
@@ -129,3 +131,22 @@ def output_of(decoder: Decoder, windows: Tensor) -> Tensor:
 def lost(dense: Tensor, found: Tensor) -> float:
     """The mean over tokens of the squared error over the square."""
     return float(((found - dense).square().sum(-1) / dense.square().sum(-1)).mean())
+
+
+def captured(block: Block, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What every layer of a block reads in a pass of `x`, by hooks, and what the block returns."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        block.linear(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.__setitem__(name, inputs[0].clone())
+        )
+        for name in LAYERS
+    ]
+    out = block(x)
+    for hook in hooks:
+        hook.remove()
+    return seen, out
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

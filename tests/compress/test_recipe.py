@@ -25,7 +25,7 @@ WHOLE: dict[str, Any] = {
     "ratios": "owl",
     "smooth": "awq",
     "reorder": True,
-    "correct": False,
+    "correct": 0,
     "reconstruct": {"steps": 50, "rate": 1e-4},
 }
 YAML = """
@@ -41,7 +41,7 @@ calibration: {tokens: 4096, window: 512, seed: 3}
 ratios: owl
 smooth: awq
 reorder: true
-correct: false
+correct: 0
 reconstruct: {steps: 50, rate: 1e-4}  # which YAML 1.1 takes for text
 """
 
@@ -62,7 +62,7 @@ def test_the_same_recipe_in_every_form() -> None:
         ratios="owl",
         smooth="awq",
         reorder=True,
-        correct=False,
+        correct=0,
         reconstruct=Reconstruct(50, 1e-4),
         name="mixed",
     )
@@ -77,7 +77,7 @@ def test_the_digest_says_what_is_asked_for() -> None:
     assert recipe.digest() == Recipe.from_dict(WHOLE).digest()
     assert len(recipe.digest()) == 64
     others = [
-        replace(recipe, correct=True),
+        replace(recipe, correct=1),
         replace(recipe, calibration=Calibration(4096, 512, 4)),
         replace(recipe, rules=recipe.rules[1:]),
     ]
@@ -99,10 +99,10 @@ def test_presets_fit_every_model(name: str, model: str) -> None:
 
 
 def test_first_and_last_block() -> None:
-    pytest.importorskip("yaml", reason="PyYAML is an extra")
-    plan = Recipe.preset("small").plan(tiny_spec("llama"))
+    ends = (Rule("*.{first}.*", "w4a8g64"), Rule("re:.*\\.{last}\\..*", "w8a8"))
+    plan = Recipe((*ends, Rule("*", "w3a8g64"))).plan(tiny_spec("llama"))
     formats = [plan[f"model.layers.{i}.mlp.up_proj.weight"].format for i in range(3)]
-    assert formats == ["w4a8g64", "w3a8g64", "w4a8g64"]
+    assert formats == ["w4a8g64", "w3a8g64", "w8a8"]
 
 
 def test_the_first_match_wins() -> None:
@@ -168,12 +168,14 @@ def test_a_rule_for_the_head_may_follow_a_star() -> None:
         ({**one(), "ratios": "owl"}, "a sparsity to spread", "sparsity"),
         ({**one(), "smooth": 3}, "a `smooth` of none", None),
         ({**one(), "reorder": "yes"}, "true or false", None),
+        ({**one(), "correct": 1.5}, "[0, 1]", None),
+        ({**one(), "correct": True}, "[0, 1]", None),
         ({**one(), "name": 3}, "`name`", None),
         ({**one(), "reconstruct": {"steps": 3}}, "`reconstruct`: needs `rate`", None),
         ({**one(), "reconstruct": {"steps": 0, "rate": 0.1}}, "`steps`", None),
         ({**one(), "reconstruct": {"steps": 1, "rate": 0}}, "`rate` in (0, 1]", None),
         ({**one(), "reconstruct": {"steps": 1, "rate": 2}}, "(0, 1]", None),
-        ({**one(), "calibration": {"tokens": 100}}, "tokens for one window of 2048", None),
+        ({**one(), "calibration": {"tokens": 100}}, "tokens for one window of 512", None),
         ({**one(), "calibration": {"window": 1}}, "`window`", None),
         ({**one(), "calibration": {"seed": 1.5}}, "`seed`", None),
     ],

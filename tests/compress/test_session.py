@@ -193,9 +193,12 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_restart_that_was_killed(tmp_path: Path) -> None:
     with open_session(tmp_path / "w") as session:
         run_block(session, 0)
+        session.remember("shares", lambda: {"a": 1.0})
     (tmp_path / "w" / "state.json").unlink()
-    with open_session(tmp_path / "w") as session:
+    with open_session(tmp_path / "w", "e") as session:
         assert session.finished == 0
+        assert session.remember("shares", lambda: {"a": 2.0}) == {"a": 2.0}
+        assert session.remember("shares", lambda: {"a": 3.0}) == {"a": 2.0}
 
 
 def test_removal(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def weights(config: dict[str, Any] = CONFIG, seed: int = 3) -> dict[str, np.ndar
         values = rng.standard_normal(shape)
         if name.endswith("norm.weight"):
             values = 1 + 0.1 * values
+        elif name.endswith("bias"):
+            values = 0.3 * values
         elif name not in TABLES:
             values = 1.5 * values / np.sqrt(shape[1])
         found[name] = values.astype(np.float32)

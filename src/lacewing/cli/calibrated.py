@@ -25,7 +25,7 @@ def compress(
 
     with screen.progress("compressing") as advance:
         try:
-            found = run(
+            found: Any = run(
                 source,
                 out,
                 recipe,
@@ -106,7 +106,7 @@ def _groups(layers: Sequence[LayerReport]) -> list[_Group]:
 
 def _row(kind: tuple[str, str, str], group: Sequence[LayerReport]) -> tuple[object, ...]:
     def mean(key: str) -> float:
-        return sum(getattr(layer, key) for layer in group) / len(group)
+        return float(sum(getattr(layer, key) for layer in group) / len(group))
 
     worst = max(layer.error for layer in group)
     bits = f"{mean('bits_per_weight'):.2f}"

@@ -69,16 +69,18 @@ def prune_admm(problem: Problem, format: Format, sparsity: float) -> Tensor:
 
 def fit_kept(problem: Problem, mask: Tensor, steps: int = _REFITS) -> Tensor:
     """The weights of least error that are zero where `mask` is False: conjugate gradients for all
-    rows together, preconditioned by the diagonal (arXiv:2406.07831, algorithm 2)."""
+    rows together, preconditioned by the diagonal (arXiv:2406.07831, algorithm 2). A row that has
+    converged to f32 takes no more steps: what is left of its residual is noise, and grows."""
     h, diagonal = problem.damped, problem.diagonal
     x = problem.weight * mask
     residual = ((problem.weight - x) @ h) * mask
     z = residual / diagonal
     direction, size = z.clone(), (residual * z).sum(1)
+    least = torch.finfo(size.dtype).eps ** 2 * size
     for _ in range(steps):
         ahead = (direction @ h) * mask
         curve = (direction * ahead).sum(1)
-        step = torch.where(curve > 0, size / curve, 0)[:, None]
+        step = torch.where((size > least) & (curve > 0), size / curve, 0)[:, None]
         x += step * direction
         residual -= step * ahead
         z = residual / diagonal

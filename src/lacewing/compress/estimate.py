@@ -57,7 +57,7 @@ def estimate(
     weights = sum(math.prod(shape) for shape in shapes.values())
     found = recipe.calibration
     activations = found.windows * found.window * source.spec.hidden_size * 4
-    paths = 2 if recipe.correct else 1
+    paths = 2 if _follows_dense(recipe) else 1
     return Estimate(
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / weights,
@@ -67,6 +67,11 @@ def estimate(
         windows=found.windows,
         window=found.window,
     )
+
+
+def _follows_dense(recipe: Recipe) -> bool:
+    """Whether the dense model is computed beside the compressed one."""
+    return recipe.correct > 0 or recipe.reconstruct is not None
 
 
 def _bytes(shape: tuple[int, ...], rule: Rule | None) -> int:
@@ -119,7 +124,7 @@ def _seconds(spec: DecoderSpec, plan: Mapping[str, Rule], recipe: Recipe, rate: 
     weights = sum(n * k for n, k in layers.values())
     seen = spec.n_heads * spec.head_dim * recipe.calibration.window
     per_token = 2 * weights + 2 * seen  # half of the window, for scores and for values
-    passes = 3 if recipe.correct else 2  # dense, compressed to calibrate, compressed
+    passes = 3 if _follows_dense(recipe) else 2  # dense, compressed to calibrate, compressed
     work = spec.n_layers * passes * tokens * per_token
     if recipe.reconstruct:
         work += spec.n_layers * recipe.reconstruct.steps * _BATCH * 4 * per_token

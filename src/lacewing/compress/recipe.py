@@ -51,8 +51,8 @@ __all__ = [
 
 SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
 """`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
-prunes and rounds jointly (SparseGPT, GPTQ); `blocks` prunes whole blocks by second order, then goes
-by columns."""
+prunes and rounds jointly (SparseGPT, GPTQ); `admm` chooses what stays for the whole layer, `blocks`
+chooses whole blocks by second order, and both then go by columns."""
 RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
@@ -160,8 +160,8 @@ class Reconstruct:
 class Recipe:
     """rules: the first that matches a weight wins. ratios: how the sparsity of the rules is spread
     over the layers of a model under the same total. smooth: activation scales that are folded into
-    the weights before. reorder: inputs with outliers first. correct: layers aim at the outputs of
-    the dense model, not only at their own. reconstruct: None is none.
+    the weights before. reorder: inputs with outliers first. correct: in [0, 1], how far layers aim
+    at the outputs of the dense model instead of at their own. reconstruct: None is none.
 
     Raises RecipeError for rules that cannot be meant, naming the rule.
     """

@@ -123,8 +123,8 @@ class Session:
             lock = _locked(place)
         try:
             _check_ours(place)
-            if restart:
-                _clear(place)
+            if restart or not (place / _STATE).exists():
+                _clear(place)  # without a state nobody knows what the rest is of
             wanted = {"session": _VERSION, "digest": digest, "blocks": blocks}
             wanted["shape"] = list(shape)
             if not (place / _STATE).exists():
@@ -275,8 +275,9 @@ class Session:
         for name, (format, n, k) in read_json(told)["tensors"].items():
             kind = get_format(format)
             parts = {part: arrays.pop(f"{name}.{part}") for part in kind.part_names}
-            found[name] = packed = PackedTensor(format, (n, k), parts)
-            kind.validate(packed)
+            tensor = PackedTensor(format, (n, k), parts)
+            kind.validate(tensor)
+            found[name] = tensor
         return {**found, **arrays}
 
     def reports(self) -> list[LayerReport]:
