@@ -68,7 +68,7 @@ def test_stages_are_the_block(name):
     seen = {}
     for layer in (layer for stage in STAGES for layer in stage):
         block.linear(layer).register_forward_hook(
-            lambda _, inputs, output, layer=layer: seen.setdefault(layer, inputs[0])
+            lambda _, inputs, output, layer=layer: seen.update({layer: inputs[0]})
         )
     with torch.no_grad():
         whole = block(x)

@@ -65,6 +65,18 @@ def test_wanda(name):
     assert (nearest.values() == values).all()
 
 
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_weights_that_go_have_no_say(name):
+    """However large they are: the scales are those of the others."""
+    p = naive.problem(19, 72)
+    mask = torch.rand(19, 72, generator=torch.Generator().manual_seed(0)) < 0.5
+    spoilt = torch.where(mask, p.weight, 50.0)
+    expected = round_nearest(p.weight * mask, Grid(get_format(name)), mask).values()
+    found = round_nearest(spoilt, Grid(get_format(name)), mask).values()
+    assert (found == expected).all()
+    assert (found[~mask] == 0).all()
+
+
 @pytest.mark.parametrize("name", ["w4a8g64_sp", "w8a8_b16x1", "w4a8g64_24", "w4a8g32"])
 @pytest.mark.parametrize("solver", ["nearest", "magnitude"])
 def test_the_smallest_weights_go(name, solver):

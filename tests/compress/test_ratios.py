@@ -103,10 +103,16 @@ def test_curves_give_the_least_sum_of_errors():
 
 
 def test_curves_that_are_not_convex_are_replaced_by_their_hulls():
-    curves = {"a": [0, 0.3, 0.31, 0.4], "b": [0, 0.1, 0.2, 0.5]}
-    found = curve_ratios(curves, SPARSITIES, {"a": 100, "b": 100}, 0.5)
-    # On the hull every weight of `a` costs 0.4 / 75; of `b` 0.1 / 25 up to a half, then 0.3 / 25.
-    assert found == pytest.approx({"a": 0.5, "b": 0.5})
+    curves = {"a": [0, 0.3, 0.31, 0.7], "b": [0, 0.1, 0.2, 0.5]}
+    found = curve_ratios(curves, SPARSITIES, {"a": 100, "b": 100}, 0.25)
+    # On the hull a weight of `a` costs 0.31 / 50 up to a half, of `b` 0.1 / 25.
+    assert found == pytest.approx({"a": 0.0, "b": 0.5})
+
+
+def test_what_counts_is_the_error_of_a_weight():
+    curves = {"a": [0, 0.1, 0.2, 0.3], "b": [0, 0.15, 0.3, 0.45]}
+    found = curve_ratios(curves, SPARSITIES, {"a": 100, "b": 400}, 0.3)
+    assert found == pytest.approx({"a": 0.0, "b": 150 / 400})
 
 
 def test_curves_that_do_not_reach_the_budget_are_refused():

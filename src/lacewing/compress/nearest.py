@@ -40,8 +40,6 @@ def round_nearest(
         w = weight[:, part] * kept[:, part]
         scales.append(grid.fit(w, importance[part] * kept[:, part]))
         levels[:, part] = grid.levels(w, scales[-1])
-        if mask is not None:
-            levels[:, part] *= kept[:, part]
     return Solution(grid, levels, scales)
 
 
