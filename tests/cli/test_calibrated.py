@@ -92,11 +92,9 @@ def test_a_dry_run(call: Call, tiny_hub: Path, given: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (("--recipe", "safe"), "--data"),
         (("--recipe", "safe", "--data", "x", "--format", "w8a8g32"), "--format"),
         (("--recipe", "safe", "--data", "x", "--sparsity", "0.5"), "--sparsity"),
         (("--recipe", "safe", "--data", "x", "--head-format", "bf16"), "--head-format"),
-        (("--recipe", "safe", "--data", "x", "--machine", "avx2"), "--machine"),
         (("--recipe", "safe", "--data", "x", "--as", "compressed-tensors"), "--as"),
         (("--data", "x"), "--data"),
         (("--seed", "1"), "--seed"),
@@ -119,6 +117,8 @@ def test_options_that_contradict(
     [
         (("--recipe", "balance", "--data", "x"), "a preset or a YAML file", "balanced"),
         (("--recipe", "safe", "--data", "x"), "no such file", ""),
+        (("--recipe", "safe"), "needs data", "--data"),
+        (("--recipe", "safe", "--data", "x", "--machine", "sse"), "avx512, avx2, scalar", ""),
     ],
 )
 def test_errors_of_the_recipe(
@@ -166,6 +166,44 @@ def test_info_of_a_recipe_that_is_none(call: Call, tiny_hub: Path, given: Any) -
     for strange in (3, {}, {"recipe": [], "data": {"files": 3}}, {"data": {"files": [None]}}):
         path.write_text(json.dumps(document | {"recipe": strange}))
         assert call("info", out).status == 0
+
+
+@pytest.mark.parametrize("machine", ["avx512", "avx2"])
+def test_the_dense_twin_is_told(call: Call, tiny_hub: Path, given: Any, machine: str) -> None:
+    """Without the stand-in, and without data: at half of the weights 4 bits pay on AVX-512 alone."""
+    out, (_, recipe, *_) = given
+    recipe.write_text(RECIPE.replace("w8a8g64}", "w8a8g64, solver: nearest}"))
+    sys.modules.pop("lacewing.compress.calibrate")
+    status, _, err = call("compress", tiny_hub, out, "--recipe", recipe, "--machine", machine)
+    assert status == 0, err
+    assert "nothing was calibrated" in err
+    assert ("12 tensors are w4a8g64 instead of w4a8g64_sp" in err) == (machine == "avx2")
+    record = json.loads((out / "lacewing.json").read_text())["recipe"]
+    assert record["machine"] == machine
+    assert record["layers"][0]["format"] == ("w4a8g64" if machine == "avx2" else "w4a8g64_sp")
+    assert call("info", out).status == 0
+
+
+def test_few_tokens_are_told(call: Call, tiny_hub: Path, given: Any) -> None:
+    out, options = given
+    more = ("--calibration-tokens", "64")
+    status, _, err = call("compress", tiny_hub, out, *options, *more)
+    assert status == 1
+    assert "at least 2 windows" in err
+    more = ("--calibration-tokens", "128")
+    status, _, err = call("compress", tiny_hub, out, *options, *more)
+    assert (status, "fewer than the" in err) == (0, True)
+
+
+def test_info_shows_a_strange_name_plainly(call: Call, tiny_hub: Path, given: Any) -> None:
+    out, options = given
+    assert call("compress", tiny_hub, out, *options).status == 0
+    path = out / "lacewing.json"
+    document = json.loads(path.read_text())
+    document["recipe"]["recipe"]["name"] = "x" * 100_000 + "\n"
+    path.write_text(json.dumps(document))
+    status, shown, _ = call("info", out)
+    assert (status, len(shown) < 5000) == (0, True)
 
 
 def test_without_torch(tiny_hub: Path, given: Any) -> None:

@@ -25,6 +25,7 @@ def compress_blocks(
     plan: Mapping[str, Rule],
     recipe: Recipe,
     session: Session,
+    machine: str | None,
     progress: Tell,
 ) -> None:
     if session.finished == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lacewing.checkpoint import SourceTensor
 from lacewing.compress.calibrate import compress_blocks
-from lacewing.compress.decoder import STAGES, Block, Decoder
+from lacewing.compress.decoder import EMBEDDING, LAYERS, Block, Decoder
 from lacewing.compress.recipe import Calibration, Recipe, Rule
 from lacewing.compress.session import Change, LayerReport, Packed, Session
 from lacewing.formats import PackedTensor, get_format
 from tests.tiny import tiny_spec, tiny_tokens, tiny_weights
 
-LAYERS = tuple(name for stage in STAGES for name in stage)
 WINDOWS, TOKENS = 12, 24
 
 
-@dataclass
-class Stored:
-    """A tensor of a file: it may be read only, and is gone once it is released."""
+class Stored(SourceTensor):
+    """A tensor of a file: it may be read only, and what was read is gone once it is released."""
 
-    values: np.ndarray
-    read: np.ndarray | None = None
+    dtype = "F32"
 
-    def dequantize(self) -> np.ndarray:
-        self.read = self.values.copy()
-        return self.read
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self.values = name, values
+        self.shape, self.nbytes = values.shape, values.nbytes
+        self.read: list[np.ndarray] = []
+
+    def dequantize(self, begin: int = 0, end: int | None = None) -> np.ndarray:
+        self.read.append(self.values[begin:end].copy())
+        return self.read[-1]
 
     def release(self) -> None:
-        assert self.read is not None
-        self.read[:] = np.nan
+        assert self.read
+        for rows in self.read:
+            rows[:] = np.nan
 
 
 class Model:
@@ -45,7 +49,7 @@ class Model:
     def __init__(self, name: str, changed: Mapping[str, np.ndarray] | None = None) -> None:
         self.spec = tiny_spec(name)
         weights = tiny_weights(name) | dict(changed or {})
-        self.tensors = {key: Stored(value) for key, value in weights.items()}
+        self.tensors = {key: Stored(key, value) for key, value in weights.items()}
 
 
 def decoder_of(name: str, changed: Mapping[str, np.ndarray] | None = None) -> Decoder:
@@ -72,11 +76,13 @@ class Compressed:
     reports: list[LayerReport]
     changes: list[Change]
     output: Tensor
-    told: list[str] = field(default_factory=list)
+    told: list[str]
+    embedding: np.ndarray
 
     def weights(self) -> dict[str, np.ndarray]:
-        """As floats."""
-        return {name: floats(value) for name, value in self.tensors.items()}
+        """As floats, with the embedding."""
+        found = {name: floats(value) for name, value in self.tensors.items()}
+        return {**found, EMBEDDING: self.embedding}
 
     def bytes(self) -> dict[str, bytes]:
         found = {}
@@ -105,18 +111,34 @@ def run(
     recipe: Recipe,
     windows: Tensor | None = None,
     progress: Any = None,
+    machine: str | None = None,
 ) -> Compressed:
     """Compresses all blocks, from where the last session ended, into `place`."""
     ids = windows_of() if windows is None else windows
     told: list[str] = []
     with session_of(place, decoder, ids) as session:
-        tell = progress or (lambda name, done, of: told.append(f"{name} {done}/{of}"))
-        compress_blocks(decoder, ids, recipe.plan(decoder.spec), recipe, session, tell)
+        tell = progress or (lambda name, done, of: told.append(f"{name} {done / of:.4f}"))
+        plan = recipe.plan(decoder.spec)
+        compress_blocks(decoder, ids, plan, recipe, session, machine, tell)
         tensors = {}
         for index in range(session.blocks):
             tensors |= session.tensors(index)
-        output = session.activations("compressed")[0].clone()
-        return Compressed(tensors, session.reports(), session.changes(), output, told)
+        output = torch.empty(0)
+        if recipe.needs_data:
+            output = session.activations("compressed")[0].clone()
+        return Compressed(
+            tensors,
+            session.reports(),
+            session.changes(),
+            output,
+            told,
+            stored_embedding(decoder, plan[EMBEDDING].format),
+        )
+
+
+def stored_embedding(decoder: Decoder, format: str) -> np.ndarray:
+    kind = get_format(format)
+    return kind.dequantize(kind.round(decoder.source.tensors[EMBEDDING].dequantize()))
 
 
 def output_of(decoder: Decoder, windows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Stored:
 class Model:
     def __init__(self, name):
         self.spec = tiny_spec(name)
-        self.tensors = {key: Stored(value) for key, value in tiny_weights(name).items()}
+        self.tensors = {key: Stored(key, value) for key, value in tiny_weights(name).items()}
 
 
 def twin_logits(name, windows):

@@ -49,6 +49,7 @@ __all__ = [
     "PackedModel",
     "Progress",
     "Report",
+    "add_to",
     "convert",
     "load_model",
     "load_packed",
@@ -159,7 +160,7 @@ def write_packed(
         parts = [f"{name}.{part}" for name in plan for part in ("stream", "offsets")]
         with SafetensorsWriter(place / WEIGHTS, parts, {"format": "lacewing"}) as out:
             for name, value, report in stream:
-                _add(out, name, value)
+                add_to(out, name, value)
                 reports.append(report)
         tensors = {report.name: (report.format, report.shape) for report in reports}
         manifest = manifest_json(opened.config, tokenizer, tensors)
@@ -168,7 +169,8 @@ def write_packed(
     return reports
 
 
-def _add(out: SafetensorsWriter, name: str, value: Packed) -> None:
+def add_to(out: SafetensorsWriter, name: str, value: Packed) -> None:
+    """Writes a weight's parts, or a vector."""
     if isinstance(value, PackedTensor):
         for part, array in value.parts.items():
             out.add(f"{name}.{part}", array)

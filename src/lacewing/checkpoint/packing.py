@@ -21,7 +21,7 @@ from lacewing.formats import Codes, Format, PackedTensor
 from lacewing.formats.base import aligned_empty, row_chunks
 from lacewing.formats.tiles import STRIP
 
-__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads"]
+__all__ = ["AHEAD", "Job", "Packed", "Report", "packing_threads", "round_rows"]
 
 Packed = PackedTensor | F32
 
@@ -181,6 +181,11 @@ class _Piece:
     whole: float
     exact: bool
     kept: int
+
+
+def round_rows(tensor: SourceTensor, kind: Format, begin: int, end: int) -> Codes:
+    """What rows of a tensor are packed as, where nothing is pruned. Raises FormatError."""
+    return _round(tensor, kind, None, begin, end)[0]
 
 
 def _round(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lacewing.cli import screen
@@ -16,14 +18,26 @@ if TYPE_CHECKING:
 
 __all__ = ["compress"]
 
+_PERIOD = 3600.0
+"""Seconds over which the speed is estimated: a layer alone may take a minute."""
+
 
 def compress(
-    source: str, out: str, recipe: str, data: Sequence[str], as_json: bool, **options: Any
+    source: str,
+    out: str,
+    recipe: str,
+    data: Sequence[str],
+    as_json: bool,
+    machine: str | None,
+    **options: Any,
 ) -> None:
-    """options: as `lacewing.compress` has them."""
+    """machine: None is this one. options: as `lacewing.compress` has them."""
     from lacewing import compress as run
+    from lacewing.native import check_isa, compiled
 
-    with screen.progress("compressing") as advance:
+    check_isa()
+    target = machine or compiled().default_isa()
+    with screen.progress("compressing", period=_PERIOD) as advance:
         try:
             found: Any = run(
                 source,
@@ -31,10 +45,12 @@ def compress(
                 recipe,
                 data,
                 progress=lambda name, done, total: advance(done, total, name),
+                machine=target,
                 **options,
             )
         except KeyboardInterrupt:
-            screen.note("finished blocks are kept: the same command goes on from there")
+            if Path(f"{os.path.realpath(out)}.work").is_dir():
+                screen.note("finished blocks are kept: the same command goes on from there")
             raise
     if options.get("dry_run"):
         _print_estimate(found, as_json)
@@ -59,6 +75,8 @@ def _print_estimate(found: Estimate, as_json: bool) -> None:
 
 
 def _print_result(found: Compression, out: str, as_json: bool) -> None:
+    from lacewing.cli.opening import note_dense
+
     if as_json:
         screen.print_json(_as_dict(found, out))
         return
@@ -69,8 +87,12 @@ def _print_result(found: Compression, out: str, as_json: bool) -> None:
     for layer in found.layers:
         if layer.damping:
             screen.note(f"{layer.name}: {layer.damping}")
+    note_dense((*found.layers, *found.others), found.record["machine"])
     data = found.record["data"]
-    screen.note(f"calibrated on {data['tokens']:,} tokens, seed {data['seed']}")
+    if data["tokens"]:
+        screen.note(f"calibrated on {data['tokens']:,} tokens, seed {data['seed']}")
+    for said in found.record["notes"]:
+        screen.note(said)
     size = f"{screen.bytes_text(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight"
     took = _time_text(found.seconds)
     screen.note(f"{out}: {size} in {took}. Run it: lacewing run {out}")

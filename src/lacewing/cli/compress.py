@@ -74,9 +74,7 @@ def compress(
     OUT appears complete or not at all.
     """
     if recipe is not None:
-        _check_recipe_alone(format, sparsity, head_format, machine, kind)
-        if not data and not dry_run:
-            raise typer.BadParameter("a recipe needs text to calibrate on", param_hint="--data")
+        _check_recipe_alone(format, sparsity, head_format, kind)
         calibrated.compress(
             source,
             out,
@@ -88,6 +86,7 @@ def compress(
             force=force,
             restart=restart,
             dry_run=dry_run,
+            machine=machine,
         )
         return
     _check_no_calibration(data, calibration_tokens, seed, dry_run, restart)
@@ -98,14 +97,12 @@ def _check_recipe_alone(
     format: str,
     sparsity: float | None,
     head_format: str | None,
-    machine: str | None,
     kind: str,
 ) -> None:
     for option, given in (
         ("--format", format != "auto"),
         ("--sparsity", sparsity is not None),
         ("--head-format", head_format is not None),
-        ("--machine", machine is not None),
     ):
         if given:
             raise typer.BadParameter("the recipe says it: give it a rule", param_hint=option)
@@ -221,13 +218,9 @@ def _writer(kind: str, head_format: str | None) -> Callable[..., list[Report]]:
 
 def _note_zeros(reports: list[Report], machine: str) -> None:
     """What became of weights because so many of them are zero, or too few."""
-    from lacewing.cli.opening import dense_instead, found_zeros
+    from lacewing.cli.opening import found_zeros, note_dense
 
-    for row in dense_instead(reports):
-        screen.note(
-            f"{row['tensors']} tensors are {row['format']} instead of {row['instead_of']}: up to"
-            f" {row['density']:.0%} of their weights are not zero, too many to pay on {machine}"
-        )
+    note_dense(reports, machine)
     for row in found_zeros(reports):
         screen.note(
             f"{row['tensors']} tensors have zeros in them and are {row['format']}: {row['zeros']}"

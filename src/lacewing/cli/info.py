@@ -78,14 +78,17 @@ def _head(found: dict[str, Any]) -> list[tuple[str, object]]:
 
 def _recipe(record: Any) -> list[tuple[str, object]]:
     """How the model was compressed, as far as the file says it in the expected words."""
+    from lacewing.checkpoint.files import shown
+
     record = record if isinstance(record, dict) else {}
     recipe, data = record.get("recipe"), record.get("data")
     pairs: list[tuple[str, object]] = []
     if isinstance(recipe, dict) and isinstance(recipe.get("rules"), list):
-        pairs.append(("recipe", recipe.get("name") or f"{len(recipe['rules'])} rules"))
-    if isinstance(data, dict) and isinstance(data.get("files"), list):
+        name = recipe.get("name")
+        pairs.append(("recipe", shown(name) if name else f"{len(recipe['rules'])} rules"))
+    if isinstance(data, dict) and isinstance(data.get("files"), list) and data["files"]:
         names = [file.get("name") for file in data["files"] if isinstance(file, dict)]
-        said = f"{data.get('tokens')} tokens of {', '.join(map(str, names))}"
+        said = f"{data.get('tokens')} tokens of {', '.join(map(shown, names))}"
         pairs.append(("calibrated on", f"{said}, seed {data.get('seed')}"))
     return pairs
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lacewing.checkpoint import AUTO, PackedModel, Report, load_model
 from lacewing.cli import screen
@@ -15,6 +15,9 @@ from lacewing.engine import LLM, default_model
 from lacewing.engine.kv import check_kv
 from lacewing.formats import PackedTensor
 from lacewing.native import check_isa, check_threads, compiled
+
+if TYPE_CHECKING:
+    from lacewing.compress.session import LayerReport
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BANDWIDTH_SECONDS = 0.5
@@ -146,7 +149,7 @@ def roundings(reports: Iterable[Report]) -> list[Rounding]:
     return sorted(found.values(), key=lambda rounding: -rounding.bytes)
 
 
-def dense_instead(reports: Iterable[Report]) -> list[dict[str, Any]]:
+def dense_instead(reports: Iterable[Report | LayerReport]) -> list[dict[str, Any]]:
     """Tensors that are dense although a sparse format was asked for, per pair of formats, with the
     largest share of weights that are not zero."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -158,6 +161,15 @@ def dense_instead(reports: Iterable[Report]) -> list[dict[str, Any]]:
         row["tensors"] += 1
         row["density"] = max(row["density"], report.density or 0.0)
     return list(found.values())
+
+
+def note_dense(reports: Iterable[Report | LayerReport], machine: str) -> None:
+    """What is dense although a sparse format was asked for."""
+    for row in dense_instead(reports):
+        screen.note(
+            f"{row['tensors']} tensors are {row['format']} instead of {row['instead_of']}: up to"
+            f" {row['density']:.0%} of their weights are not zero, too many to pay on {machine}"
+        )
 
 
 def found_zeros(reports: Iterable[Report]) -> list[dict[str, Any]]:

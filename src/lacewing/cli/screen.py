@@ -138,10 +138,11 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Advance]:
+def progress(title: str, period: float = 30.0) -> Iterator[Advance]:
     """A bar on stderr that goes away when done; silent where stderr is no terminal.
 
-    Yields `advance(done, total, text)`; `done` and `total` are in any one unit.
+    Yields `advance(done, total, text)`; `done` and `total` are in any one unit. period: seconds
+    over which the speed is averaged, to say what time is left.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -153,6 +154,7 @@ def progress(title: str) -> Iterator[Advance]:
         TextColumn("{task.fields[text]}", style="dim"),
         console=console(stderr=True),
         transient=True,
+        speed_estimate_period=period,
         disable=not sys.stderr.isatty(),
     )
     with bar:

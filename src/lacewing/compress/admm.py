@@ -21,16 +21,16 @@ from lacewing.compress.masks import choose_mask
 from lacewing.compress.problem import Problem
 from lacewing.formats import Format
 
-__all__ = ["fit_kept", "prune_admm", "solve_admm"]
+__all__ = ["REFITS", "STEPS", "fit_kept", "prune_admm", "solve_admm"]
 
-_STEPS = 60
+STEPS = 60
 _FIRST = 0.1
 """rho of the first step, where H has a diagonal of 1."""
 _EVERY = 3
 """Steps between two looks at how much the choice still changes."""
 _FACTORS = ((0.005, 1.3), (0.0005, 1.2), (0.0, 1.1))
 """Above which share of changed weights rho grows by which factor."""
-_REFITS = 20
+REFITS = 20
 
 
 def solve_admm(problem: Problem, grid: Grid, sparsity: float, act_order: bool = False) -> Solution:
@@ -46,13 +46,13 @@ def prune_admm(problem: Problem, format: Format, sparsity: float) -> Tensor:
     weights are chosen over the whole layer."""
     size = problem.diagonal.sqrt()
     h = problem.damped / size[:, None] / size[None, :]
-    values, vectors = torch.linalg.eigh(h)
+    values, vectors = problem.eigen
     w0 = problem.weight * size
     goal = w0 @ h
     mask = choose_mask(w0.square(), format, sparsity, "layer")
     d, v, rho = w0 * mask, torch.zeros_like(w0), _FIRST
     before = mask
-    for step in range(_STEPS):
+    for step in range(STEPS):
         w = ((goal - v + rho * d) @ vectors / (values + rho)) @ vectors.t()
         pulled = w + v / rho
         mask = choose_mask(pulled.square(), format, sparsity, "layer")
@@ -67,7 +67,7 @@ def prune_admm(problem: Problem, format: Format, sparsity: float) -> Tensor:
     return mask
 
 
-def fit_kept(problem: Problem, mask: Tensor, steps: int = _REFITS) -> Tensor:
+def fit_kept(problem: Problem, mask: Tensor, steps: int = REFITS) -> Tensor:
     """The weights of least error that are zero where `mask` is False: conjugate gradients for all
     rows together, preconditioned by the diagonal (arXiv:2406.07831, algorithm 2). A row that has
     converged to f32 takes no more steps: what is left of its residual is noise, and grows."""

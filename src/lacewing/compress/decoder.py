@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lacewing.checkpoint import Source
+from lacewing.formats.base import row_chunks
 from lacewing.models import DecoderSpec
 
-__all__ = ["STAGES", "Block", "Decoder", "rms_norm"]
+__all__ = ["EMBEDDING", "LAYERS", "STAGES", "Block", "Decoder", "rms_norm"]
 
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -25,7 +26,8 @@ STAGES = (
 )
 """The linear layers of a block by their Hugging Face names, in the order in which they are fed."""
 
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+LAYERS = tuple(layer for stage in STAGES for layer in stage)
+EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,7 +48,7 @@ class Block(nn.Module):
         self.spec, self.index = spec, index
         self.layers = nn.ModuleDict()
         self.norms = nn.ParameterDict()
-        for name in (layer for stage in STAGES for layer in stage):
+        for name in LAYERS:
             weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
             self.layers[_key(name)] = _linear(weight, bias)
         for name, weight in weights.items():
@@ -163,7 +165,10 @@ class Decoder:
     def tensor(self, name: str) -> Tensor:
         """One tensor in f32, in memory of its own."""
         found = self.source.tensors[name]
-        values = torch.tensor(found.dequantize())
+        values = torch.empty(found.shape)
+        rows = row_chunks(*found.shape) if len(found.shape) == 2 else [(0, found.shape[0])]
+        for begin, end in rows:
+            values.numpy()[begin:end] = found.dequantize(begin, end)
         found.release()
         return values
 
@@ -173,11 +178,11 @@ class Decoder:
 
     def embedding(self) -> Tensor:
         """f32 `[vocab_size, hidden_size]`"""
-        return self.tensor(_EMBEDDING)
+        return self.tensor(EMBEDDING)
 
     def head(self) -> tuple[Tensor, Tensor]:
         """The weight of the last norm, and f32 `[vocab_size, hidden_size]`."""
-        return self.tensor(_NORM), self.tensor(_EMBEDDING if self.spec.tie_embeddings else _HEAD)
+        return self.tensor(_NORM), self.tensor(EMBEDDING if self.spec.tie_embeddings else _HEAD)
 
     def logits(self, x: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """`[.., vocab_size]` of what the last block returns."""

@@ -11,6 +11,7 @@ import torch
 
 from lacewing.checkpoint import Source
 from lacewing.compress.data import Windows
+from lacewing.compress.path import has_fast_products
 from lacewing.compress.recipe import Recipe
 from lacewing.version import __version__
 
@@ -22,16 +23,19 @@ _PAGES = 64
 _ROWS = 4
 
 
-def digest_of(recipe: Recipe, source: Source, windows: Windows) -> str:
-    """sha256, as hexadecimal, of recipe, model, data, version and number of threads: sums over
-    tokens are in another order with other threads."""
+def digest_of(recipe: Recipe, source: Source, windows: Windows, machine: str | None = None) -> str:
+    """sha256, as hexadecimal, of recipe, model, data, the machine it is for, versions, and of what
+    decides in which order sums are made: kernels of the CPU and number of threads."""
     facts = [
         recipe.digest(),
         fingerprint(source),
         windows.digest(),
+        machine,
         __version__,
         torch.__version__,
         torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+        has_fast_products(),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

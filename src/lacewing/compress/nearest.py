@@ -10,18 +10,15 @@ from lacewing.compress.grid import Grid
 from lacewing.compress.masks import choose_mask, magnitude
 from lacewing.compress.problem import Problem
 
-__all__ = ["round_nearest", "solve_magnitude", "solve_nearest"]
+__all__ = ["round_nearest", "solve_nearest"]
 
 
 def solve_nearest(problem: Problem, grid: Grid, sparsity: float = 0.0) -> Solution:
     """Without data: the smallest weights go, and scales leave the least squared error."""
-    return round_nearest(problem.weight, grid, _smallest_gone(problem, grid, sparsity))
-
-
-def solve_magnitude(problem: Problem, grid: Grid, sparsity: float = 0.0) -> Solution:
-    """The smallest weights go; scales leave the least error weighted by the size of the inputs."""
-    mask = _smallest_gone(problem, grid, sparsity)
-    return round_nearest(problem.weight, grid, mask, problem.diagonal)
+    mask = None
+    if sparsity or grid.format.fixed_sparsity is not None:
+        mask = choose_mask(magnitude(problem.weight), grid.format, sparsity)
+    return round_nearest(problem.weight, grid, mask)
 
 
 def round_nearest(
@@ -41,9 +38,3 @@ def round_nearest(
         scales.append(grid.fit(w, importance[part] * kept[:, part]))
         levels[:, part] = grid.levels(w, scales[-1])
     return Solution(grid, levels, scales)
-
-
-def _smallest_gone(problem: Problem, grid: Grid, sparsity: float) -> Tensor | None:
-    if not sparsity and grid.format.fixed_sparsity is None:
-        return None
-    return choose_mask(magnitude(problem.weight), grid.format, sparsity)

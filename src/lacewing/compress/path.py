@@ -10,16 +10,22 @@ from torch import Tensor
 
 from lacewing.compress.decoder import Block
 
-__all__ = ["Path", "fast_products", "tokens_at_once"]
+__all__ = ["Path", "fast_products", "has_fast_products", "tokens_at_once"]
 
 _AT_ONCE = 4096
 """Tokens that go through a stage together."""
 
 
+def has_fast_products() -> bool:
+    """Whether the CPU multiplies bf16. The names are private to PyTorch, and have changed."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 def fast_products() -> AbstractContextManager[object]:
-    """bf16 products where the CPU has them: twice as fast, and 2^-9 is far below what rounding
-    weights to 8 bits and less does."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    """bf16 products where the CPU has them, which are twice as fast. They are off by 2^-9 in each
+    factor, as a weight in 8 bits is: for what is rounded to fewer bits that is little."""
+    if has_fast_products():
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return nullcontext()
 
@@ -33,15 +39,17 @@ def tokens_at_once(windows: int, tokens: int) -> Iterator[slice]:
 
 class Path:
     """One block on one of the two paths: x is what it reads, y (all windows too) what it writes,
-    which after the attention stages holds the stream between attention and MLP."""
+    which after the attention stages holds the stream between attention and MLP. fast: with
+    `fast_products`."""
 
-    def __init__(self, block: Block, x: Tensor, y: Tensor) -> None:
+    def __init__(self, block: Block, x: Tensor, y: Tensor, fast: bool = True) -> None:
         self.block, self.x, self.y = block, x, y
+        self.fast = fast
 
     def inputs(self, stage: int, part: slice) -> tuple[Tensor, Tensor]:
         """Of some windows: what the layers of the stage read, and the stream they add to; f32."""
         block = self.block
-        with fast_products():
+        with self._products():
             if stage < 2:
                 x = self.x[part]
                 h = block.attention_input(x)
@@ -58,8 +66,11 @@ class Path:
         """Fills y with the stream after the block."""
         self._pass(3, self.block.add_mlp)
 
+    def _products(self) -> AbstractContextManager[object]:
+        return fast_products() if self.fast else nullcontext()
+
     def _pass(self, stage: int, add: Callable[[Tensor, Tensor], Tensor]) -> None:
         for part in tokens_at_once(*self.x.shape[:2]):
             h, x = self.inputs(stage, part)
-            with fast_products():
+            with self._products():
                 self.y[part] = add(x, h)

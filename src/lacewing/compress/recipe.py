@@ -43,6 +43,7 @@ __all__ = [
     "RATIOS",
     "SMOOTH",
     "SOLVERS",
+    "WITHOUT_DATA",
     "Calibration",
     "Recipe",
     "Reconstruct",
@@ -50,15 +51,17 @@ __all__ = [
 ]
 
 SOLVERS = ("nearest", "magnitude", "wanda", "columns", "admm", "blocks")
-"""`nearest` rounds, without data; `magnitude` and `wanda` prune, then round to nearest; `columns`
-prunes and rounds jointly (SparseGPT, GPTQ); `admm` chooses what stays for the whole layer, `blocks`
-chooses whole blocks by second order, and both then go by columns."""
+"""`nearest` rounds; `magnitude` and `wanda` prune, then round to nearest, the first without data as
+`nearest`; `columns` prunes and rounds jointly (SparseGPT, GPTQ); `admm` chooses what stays for the
+whole layer (ALPS), `blocks` chooses whole blocks by second order, and both then go by columns."""
 RATIOS = ("uniform", "owl", "curves")
 SMOOTH = ("none", "awq", "smoothquant")
 PRESETS = ("safe", "balanced", "small", "sparse50")
 
 JOINT = ("columns", "admm", "blocks")
 """Solvers that go column by column, and make up for errors in the columns after."""
+WITHOUT_DATA = ("nearest", "magnitude")
+"""Solvers that look at the weights alone."""
 _Made = TypeVar("_Made")
 
 
@@ -196,6 +199,13 @@ class Recipe:
                 f"recipe: `ratios: {self.ratios}` needs a rule with a sparsity to spread, got none",
                 hint="leave `ratios` out, or give a rule `sparsity: 0.5`",
             )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything depends on what layers read."""
+        plain = all(rule.solver in WITHOUT_DATA for rule in self.rules)
+        changes = self.reorder or self.smooth != "none" or self.ratios != "uniform"
+        return not plain or changes or self.reconstruct is not None
 
     # -- as documents -----------------------------------------------------------------------------
 
@@ -342,7 +352,7 @@ def _check_solver(where: str, rule: Rule) -> None:
         fail(where, "a format of blocks for solver `blocks`", rule.format, hint)
     if rule.act_order and rule.solver not in JOINT:
         fail(where, f"solver {' or '.join(JOINT)} for `act_order`", rule.solver)
-    if rule.refine and rule.solver in ("nearest", "magnitude"):
+    if rule.refine and rule.solver in WITHOUT_DATA:
         fail(where, "a solver that uses data for `refine`", rule.solver, "use `columns`")
 
 

@@ -55,7 +55,10 @@ class LayerReport:
 
     name: without `.weight`. target, sparsity: share of zeros that was asked for and that there is.
     error: tr((W' - W) H (W' - W)^T) / tr(W H W^T), the squared error of its outputs over their
-    squares. damping: a note where the Hessian needed more than usual.
+    squares; W is the dense weight after folding, H of what the layer reads in the compressed model,
+    W' as the layer was solved (a reconstruction of the block comes later, and judges itself:
+    `Change`). In a recipe that needs no data H is I. damping: a note where the Hessian needed more
+    than usual. instead_of, density: as `checkpoint.Report` has them.
     """
 
     name: str
@@ -67,6 +70,8 @@ class LayerReport:
     bits_per_weight: float
     seconds: float = 0.0
     damping: str = ""
+    instead_of: str | None = None
+    density: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from lacewing.compress.admm import solve_admm
 from lacewing.compress.columns import Solution, solve_columns
 from lacewing.compress.grid import Grid
 from lacewing.compress.masks import Choice, check_sparsity
-from lacewing.compress.nearest import solve_magnitude, solve_nearest
+from lacewing.compress.nearest import solve_nearest
 from lacewing.compress.obs_blocks import solve_blocks
 from lacewing.compress.problem import Problem
 from lacewing.compress.wanda import solve_wanda
@@ -40,7 +40,7 @@ def _columns(problem: Problem, grid: Grid, sparsity: float, act_order: bool) -> 
 
 SOLVERS: Mapping[str, Solver] = {
     "nearest": lambda problem, grid, sparsity, _: solve_nearest(problem, grid, sparsity),
-    "magnitude": lambda problem, grid, sparsity, _: solve_magnitude(problem, grid, sparsity),
+    "magnitude": lambda problem, grid, sparsity, _: solve_nearest(problem, grid, sparsity),
     "wanda": lambda problem, grid, sparsity, _: solve_wanda(problem, grid, sparsity),
     "columns": _columns,
     "admm": solve_admm,
