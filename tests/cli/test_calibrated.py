@@ -170,7 +170,7 @@ def test_info_of_a_recipe_that_is_none(call: Call, tiny_hub: Path, given: Any) -
 
 @pytest.mark.parametrize("machine", ["avx512", "avx2"])
 def test_the_dense_twin_is_told(call: Call, tiny_hub: Path, given: Any, machine: str) -> None:
-    """Without the stand-in, and without data: at half of the weights 4 bits pay on AVX-512 alone."""
+    """Without the stand-in, and without data: at half of the weights 4 bits pay on AVX-512."""
     out, (_, recipe, *_) = given
     recipe.write_text(RECIPE.replace("w8a8g64}", "w8a8g64, solver: nearest}"))
     sys.modules.pop("lacewing.compress.calibrate")
