@@ -408,10 +408,10 @@ class _Run:
             values: Packed = norm.detach().numpy()
             return values
 
-        masters, norms = self.student.masters.items(), self.student.norms().items()
-        return {name: partial(weight, master) for name, master in masters} | {
-            name: partial(vector, norm) for name, norm in norms
-        }
+        made: dict[str, Callable[[], Packed]] = {}
+        made.update({n: partial(weight, master) for n, master in self.student.masters.items()})
+        made.update({n: partial(vector, norm) for n, norm in self.student.norms().items()})
+        return made
 
     def _save(self) -> None:
         tensors = [*self.trainer.parameters, *self.trainer.moments()]
