@@ -24,8 +24,7 @@ def flow(windows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 def test_it_lowers_the_error(format: str) -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), format)
-    near = {name: block.linear(name).weight.detach().clone() for name in LAYERS}
-    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, near=near, batch=16)
+    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, batch=16)
     assert found.helped
     assert found.after < 0.97 * found.before
     for name, solution in found.solutions.items():
@@ -41,25 +40,12 @@ def test_it_never_makes_a_block_worse() -> None:
     """With steps so large that they destroy: what it was given comes back, and it says so."""
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
-    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0, train_norms=True)
+    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0)
     assert not found.helped
     assert found.after == found.before
-    norm = torch.from_numpy(weights()["model.layers.0.input_layernorm.weight"])
-    assert torch.equal(block.norm("input_layernorm"), norm)
     for name in LAYERS:
         assert torch.equal(found.solutions[name].levels, solutions[name].levels)
         assert torch.equal(block.linear(name).weight, solutions[name].values())
-
-
-def test_norms_may_be_trained() -> None:
-    x, y = flow()
-    results = []
-    for train in (False, True):
-        block, solutions = block_of(weights()), solutions_of(weights(), "w2a8g64")
-        results.append(reconstruct(block, solutions, x, y, steps=40, train_norms=train, batch=16))
-    assert not results[0].norms
-    assert set(results[1].norms) == {"input_layernorm", "post_attention_layernorm"}
-    assert results[1].after < results[0].after
 
 
 def test_it_is_reproducible() -> None:
@@ -78,5 +64,7 @@ def test_bad_input_has_a_name() -> None:
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
     with pytest.raises(RecipeError, match="at least 2 windows, got 1"):
         reconstruct(block, solutions, x[:1], y[:1], steps=1)
-    with pytest.raises(RecipeError, match=r"block 0: .* in step 0 at rate 0.002"):
+    with pytest.raises(RecipeError, match="block 0: .* finite targets, got NaN"):
         reconstruct(block, solutions, x, y * torch.nan, steps=1)
+    with pytest.raises(RecipeError, match="block 0: .* finite inputs, got NaN"):
+        reconstruct(block, solutions, x * torch.nan, y, steps=1)

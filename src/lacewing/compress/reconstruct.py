@@ -38,8 +38,6 @@ class Reconstruction:
     solutions as they were, where descent did not help."""
 
     solutions: dict[str, Solution]
-    norms: dict[str, Tensor]
-    """Weights of norms by name, such as `input_layernorm`; empty unless they were trained."""
     before: float
     after: float
 
@@ -58,9 +56,7 @@ def reconstruct(
     rate: float = 2e-3,
     seed: int = 0,
     masks: Mapping[str, Tensor | None] | None = None,
-    near: Mapping[str, Tensor] | None = None,
     learn_scales: bool = True,
-    train_norms: bool = False,
     batch: int = 2,
 ) -> Reconstruction:
     """Solutions of the layers of `block`, with the same masks and grids, of a smaller error; never
@@ -68,23 +64,28 @@ def reconstruct(
 
     solutions: by name, such as `mlp.down_proj`; layers without one stay as they are. inputs,
     targets: f32 `[windows, tokens, hidden_size]`, x and y above. rate: of Adam, in shares of the
-    root mean square of each weight, falling to zero along a cosine. masks: see `Master`. near: the
-    original weights, see `Master`. batch: windows of one step.
+    root mean square of each weight, falling to zero along a cosine. masks: see `Master`.
+    batch: windows of one step.
 
-    Bit-reproducible for one number of threads. Raises RecipeError for fewer than two windows, and
-    if descent diverges.
+    Bit-reproducible for one number of threads. Raises RecipeError for fewer than two windows, for x
+    or y that are not finite, and if descent diverges.
     """
     if len(inputs) < 2:
         raise RecipeError(
             f"block {block.index}: reconstruction needs at least 2 windows, got {len(inputs)}",
             hint="calibrate on more text, or in shorter windows",
         )
+    for what, values in (("inputs", inputs), ("targets", targets)):
+        if not values.isfinite().all():
+            raise RecipeError(
+                f"block {block.index}: reconstruction needs finite {what}, got NaN or infinity",
+                hint="is the model damaged?",
+            )
     masters = {
-        name: Master(solution, (masks or {}).get(name), (near or {}).get(name), learn_scales)
+        name: Master(solution, (masks or {}).get(name), learn_scales=learn_scales)
         for name, solution in solutions.items()
     }
-    norms = dict(_norms(block)) if train_norms else {}
-    run = _Descent(block, masters, norms, inputs, targets)
+    run = _Descent(block, masters, inputs, targets)
     run.descend(steps, rate, seed, batch)
     return run.finish(solutions)
 
@@ -94,21 +95,17 @@ class _Descent:
         self,
         block: Block,
         masters: dict[str, Master],
-        norms: dict[str, Tensor],
         inputs: Tensor,
         targets: Tensor,
     ) -> None:
-        self.block, self.masters, self.norms = block, masters, norms
+        self.block, self.masters = block, masters
         self.inputs, self.targets = inputs, targets
         self.trained = len(inputs) - max(1, len(inputs) // _HELD_OUT)
         block.requires_grad_(False)
-        for norm in norms.values():
-            norm.requires_grad_(True)
-        self.trainer = Trainer(masters, norms.values())
+        self.trainer = Trainer(masters)
         self._write()
         self.before = self.after = self._judge()
         self.best: dict[str, Solution] = {}
-        self.best_norms = {name: norm.detach().clone() for name, norm in norms.items()}
 
     def descend(self, steps: int, rate: float, seed: int, batch: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -129,10 +126,8 @@ class _Descent:
         found = self.best or dict(solutions)
         for name, solution in found.items():
             self.block.linear(name).weight.data = solution.values()
-        for name, norm in self.norms.items():
-            norm.data = self.best_norms[name]
         self.block.requires_grad_(False)
-        return Reconstruction(found, self.best_norms, self.before, self.after)
+        return Reconstruction(found, self.before, self.after)
 
     def _accumulate(self, picked: Tensor) -> None:
         """Gradients of the loss of the windows `picked`."""
@@ -155,7 +150,6 @@ class _Descent:
         if loss < self.after:
             self.after = loss
             self.best = {name: master.solution() for name, master in self.masters.items()}
-            self.best_norms = {name: norm.detach().clone() for name, norm in self.norms.items()}
 
     def _judge(self) -> float:
         """The loss on the held-out windows, one by one."""
@@ -168,10 +162,6 @@ class _Descent:
         lost = (self.block(x) - y).square().sum(-1)
         length: Tensor = y.square().sum(-1)
         return (lost / (length + 1e-6 * length.mean())).mean()
-
-
-def _norms(block: Block) -> list[tuple[str, Tensor]]:
-    return [(name.replace("/", "."), norm) for name, norm in block.norms.items()]
 
 
 def _diverged(index: int, step: int, rate: float) -> RecipeError:
