@@ -64,7 +64,7 @@ def test_bad_input_has_a_name() -> None:
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
     with pytest.raises(RecipeError, match="at least 2 windows, got 1"):
         reconstruct(block, solutions, x[:1], y[:1], steps=1)
-    with pytest.raises(RecipeError, match="block 0: .* finite targets, got NaN"):
+    with pytest.raises(RecipeError, match=r"block 0: .* finite targets, got NaN"):
         reconstruct(block, solutions, x, y * torch.nan, steps=1)
-    with pytest.raises(RecipeError, match="block 0: .* finite inputs, got NaN"):
+    with pytest.raises(RecipeError, match=r"block 0: .* finite inputs, got NaN"):
         reconstruct(block, solutions, x * torch.nan, y, steps=1)
