@@ -137,17 +137,31 @@ def test_steps_are_reproducible(changes: dict[str, Any], tmp_path: Path, dense: 
     assert not same(tmp_path / "a", tmp_path / "c")
 
 
-def stop_after(step: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on every step is saved, and a signal comes when this one has been."""
+def stop_after(step: int, file: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every step is saved, and a signal comes when this file of this step has been."""
     save = savepoint.save
 
     def saved(path: Path, tensors: Any, facts: Any) -> None:
         save(path, tensors, facts)
-        if path.name == "state.safetensors" and facts["step"] == step:
+        if path.name == file and facts.get("step", step) == step:
             signal.raise_signal(getattr(signal, how))
 
     monkeypatch.setattr(savepoint, "save", saved)
-    monkeypatch.setattr("lacewing.compress.heal._SAVE_EVERY", -1.0)
+    monkeypatch.setattr("lacewing.compress.heal._SAVE_EVERY", (-1.0, -1.0))
+
+
+def stop_in_look(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the held-out windows are looked at after this step."""
+    from lacewing.compress import heal as module
+
+    loss = module._Run._loss
+
+    def stopped(self: Any, picked: torch.Tensor, mix: float) -> torch.Tensor:
+        if self.step == step and not torch.is_grad_enabled():
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, picked, mix)
+
+    monkeypatch.setattr(module._Run, "_loss", stopped)
 
 
 KILLED = """
@@ -157,7 +171,7 @@ import pytest, torch
 from tests.compress import test_heal as test
 
 torch.set_num_threads(int(sys.argv[4]))
-test.stop_after(3, "SIGKILL", pytest.MonkeyPatch())
+test.stop_after(5, "best.5.safetensors", "SIGKILL", pytest.MonkeyPatch())
 test.heal(*map(Path, sys.argv[1:4]), test.NINE)
 """
 NINE = replace(SHORT, steps=9)
@@ -165,7 +179,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, dense: Path, monkeypatch: Any) -> None:
-    """Killed, then interrupted, then not: the same bytes as at once; nothing is left beside."""
+    """Killed in a look that was a better one, interrupted after a step, interrupted in the last
+    look, then not: the same bytes as at once; nothing is left beside."""
     before = write_model(tmp_path / "before", weights(), "w8a8g64_sp")
     heal(before, dense, tmp_path / "whole", NINE)
     out, state = tmp_path / "out", tmp_path / "out.work/state.safetensors"
@@ -173,12 +188,17 @@ def test_a_killed_run_goes_on(tmp_path: Path, dense: Path, monkeypatch: Any) -> 
     paths = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(REPO)])}
     command = [sys.executable, "-c", KILLED, *map(str, arguments)]
     assert subprocess.run(command, env=paths).returncode == -signal.SIGKILL
-    assert savepoint.read_facts(state)["step"] == 3
+    assert savepoint.read_facts(state)["step"] == 5
     with monkeypatch.context() as patch:
-        stop_after(7, "SIGINT", patch)
+        stop_after(7, "state.safetensors", "SIGINT", patch)
         with pytest.raises(KeyboardInterrupt):
             heal(before, dense, out, NINE)
     assert savepoint.read_facts(state)["step"] == 7
+    with monkeypatch.context() as patch:
+        stop_in_look(9, patch)
+        with pytest.raises(KeyboardInterrupt):
+            heal(before, dense, out, NINE)
+    assert savepoint.read_facts(state)["step"] == 9
     assert not out.exists()
     heal(before, dense, out, NINE)
     assert identical(out, tmp_path / "whole")
@@ -213,7 +233,7 @@ def test_divergence_is_an_error_that_loses_nothing(
     from lacewing.compress import heal as module
 
     before = write_model(tmp_path / "before", weights(), "w4a8g32")
-    monkeypatch.setattr(module, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(module, "_SAVE_EVERY", (-1.0, -1.0))
     gradients = module._Run._gradients
 
     def spoilt(self: Any, picked: torch.Tensor) -> float:

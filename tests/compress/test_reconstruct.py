@@ -40,7 +40,7 @@ def test_it_never_makes_a_block_worse() -> None:
     """With steps so large that they destroy: what it was given comes back, and it says so."""
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
-    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0, seed=0, masks={})
+    found = reconstruct(block, solutions, x, y, steps=5, rate=10.0, seed=0, masks={}, near={})
     assert found.after == found.before
     for name in LAYERS:
         assert torch.equal(found.solutions[name].levels, solutions[name].levels)
@@ -52,7 +52,7 @@ def test_it_is_reproducible() -> None:
     runs = [
         reconstruct(
             *(block_of(weights()), solutions_of(weights(), "w3a8g64"), x, y),
-            **{"steps": 6, "rate": 2e-3, "seed": seed, "masks": {}},
+            **{"steps": 6, "rate": 2e-3, "seed": seed, "masks": {}, "near": {}},
         )
         for seed in (1, 1, 2)
     ]
@@ -64,8 +64,10 @@ def test_it_is_reproducible() -> None:
 def test_bad_input_has_a_name() -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), "w4a8g32")
-    given = {"steps": 1, "rate": 2e-3, "seed": 0, "masks": {}}
+    given = {"steps": 1, "rate": 2e-3, "seed": 0, "masks": {}, "near": {}}
     with pytest.raises(RecipeError, match="at least 2 windows, got 1"):
         reconstruct(block, solutions, x[:1], y[:1], **given)
-    with pytest.raises(RecipeError, match=r"block 0: .* in step 0 at rate 0.002"):
+    with pytest.raises(RecipeError, match=r"block 0: .* finite targets, got NaN"):
         reconstruct(block, solutions, x, y * torch.nan, **given)
+    with pytest.raises(RecipeError, match=r"block 0: .* finite inputs, got NaN"):
+        reconstruct(block, solutions, x * torch.nan, y, **given)

@@ -337,6 +337,7 @@ class _Work:
             for name, solution in self.solutions.items()
         }
         with torch.enable_grad():
+            near = {n: self.dense.block.linear(n).weight.detach() for n in self.solutions}
             found = reconstruct(
                 self.path.block,
                 self.solutions,
@@ -346,6 +347,7 @@ class _Work:
                 rate=self.recipe.reconstruct.rate,
                 seed=self.recipe.calibration.seed + self.index,
                 masks=masks,
+                near=near,
             )
         self.solutions.update(found.solutions)
         where = self.prefix.removesuffix(".")

@@ -51,8 +51,8 @@ Progress = Callable[[float, str], None]
 
 _LOOKS = 2
 """How often the held-out windows are looked at, after the first time."""
-_SAVE_EVERY = 180.0
-"""Seconds; more where a save takes more than a fiftieth of that."""
+_SAVE_EVERY = 180.0, 50.0
+"""Seconds, and times as long as a save takes: at most two parts in a hundred."""
 _BATCH = 1 << 10
 """Tokens that go through the student at once; a step adds up the gradients of several such."""
 _WARM_UP = 20, 0.1
@@ -232,11 +232,13 @@ class _Run:
         self.student.write()
         self.saved, self.saving = time.monotonic(), 0.0
 
-    def _master(self, solution: Solution, near: Tensor | None, index: int) -> Master:
+    def _master(
+        self, solution: Solution, mask: Tensor | None, near: Tensor | None, index: int
+    ) -> Master:
         rank, scales = self.healing.lora_rank, self.healing.learn_scales
         if rank is None:
-            return Master(solution, near=near, learn_scales=scales)
-        return LowRank(solution, rank, self.healing.seed + index, near=near, learn_scales=scales)
+            return Master(solution, mask, near, scales)
+        return LowRank(solution, rank, self.healing.seed + index, mask, near, scales)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -248,7 +250,8 @@ class _Run:
                 if self._over():
                     break
                 self._advance()
-                if time.monotonic() - self.saved > max(_SAVE_EVERY, 50 * self.saving):
+                least, times = _SAVE_EVERY
+                if time.monotonic() - self.saved > max(least, times * self.saving):
                     self._save()
             if self.history[-1][0] != self.step:
                 self._look()

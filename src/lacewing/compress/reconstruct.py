@@ -54,7 +54,7 @@ def reconstruct(
     rate: float,
     seed: int,
     masks: Mapping[str, Tensor | None],
-    near: Mapping[str, Tensor] | None = None,
+    near: Mapping[str, Tensor],
 ) -> Reconstruction:
     """Solutions of the layers of `block`, with the same masks and grids, of a smaller error; never
     of a larger one, judged on held-out windows. Leaves them in the weights of the block.
@@ -64,16 +64,22 @@ def reconstruct(
     root mean square of each weight, falling to zero along a cosine. masks, near: see
     `Master`; without the original weights a grid of 4 bits is hardly moved.
 
-    Bit-reproducible for one number of threads. Raises RecipeError for fewer than two windows, and
-    if descent diverges.
+    Bit-reproducible for one number of threads. Raises RecipeError for fewer than two windows, for x
+    or y that are not finite, and if descent diverges.
     """
     if len(inputs) < 2:
         raise RecipeError(
             f"block {block.index}: reconstruction needs at least 2 windows, got {len(inputs)}",
             hint="calibrate on more text, or in shorter windows",
         )
+    for what, values in (("inputs", inputs), ("targets", targets)):
+        if not values.isfinite().all():
+            raise RecipeError(
+                f"block {block.index}: reconstruction needs finite {what}, got NaN or infinity",
+                hint="is the model damaged?",
+            )
     masters = {
-        name: Master(solution, masks.get(name), (near or {}).get(name), learn_scales=True)
+        name: Master(solution, masks.get(name), near.get(name), learn_scales=True)
         for name, solution in solutions.items()
     }
     run = _Descent(block, masters, inputs, targets)

@@ -18,12 +18,12 @@ from lacewing.formats import PackedTensor
 
 __all__ = ["Student"]
 
-_FAR = 0.5
-"""Share of a weight's square beyond which the dense one is taken for another: scales were folded
-into it, or its inputs stand in another order."""
+_MORE = 1.25, 0.02
+"""Times, and beyond that a share of all weights: more zeros than rounding makes were pruned."""
 
-Make = Callable[[Solution, "Tensor | None", int], Master]
-"""From a solution, the original weight if there is one, and the number of the layer."""
+Make = Callable[[Solution, "Tensor | None", "Tensor | None", int], Master]
+"""From a solution, its mask where weights were pruned, the original weight where that is known,
+and the number of the layer."""
 
 
 class Student:
@@ -36,6 +36,7 @@ class Student:
     def __init__(self, source: PackedSource, dense: Source, make: Make, dtype: torch.dtype) -> None:
         self.spec, self.dtype = source.spec, dtype
         decoder, original = Decoder(source), Decoder(dense)
+        folded, targets = _folded(source), _targets(source)
         self._embedding = decoder.embedding()
         norm, head = decoder.head()
         self._norm = nn.Parameter(norm)
@@ -49,9 +50,10 @@ class Student:
                 packed = source.values[full]
                 assert isinstance(packed, PackedTensor)
                 solution = solution_of(packed)
-                near = _near(solution, original.tensor(full))
-                master = make(solution, near, len(self.masters))
-                self.masters[full] = master
+                near = None if folded else original.tensor(full)
+                pruned = _pruned(solution, targets.get(full), near)
+                mask = solution.values() != 0 if pruned else None
+                master = self.masters[full] = make(solution, mask, near, len(self.masters))
                 _connect(block.linear(name).weight, master)
             self.blocks.append(block)
         for parameter in self.norms().values():
@@ -97,9 +99,39 @@ def _connect(weight: Tensor, master: Master) -> None:
     weight.register_post_accumulate_grad_hook(send)
 
 
-def _near(solution: Solution, original: Tensor) -> Tensor | None:
-    """The original weight, unless it is another one than that which was compressed."""
-    values = solution.values()
-    kept = original * (values != 0)
-    far = (kept - values).square().sum() > _FAR * values.square().sum()
-    return None if far else original
+# -- what the manifest says of how the model was compressed ---------------------------------------
+
+
+def _folded(source: PackedSource) -> bool:
+    """Whether scales or an order of channels were folded into the weights: then those of the dense
+    model are others."""
+    recipe = (source.recipe or {}).get("recipe")
+    if not isinstance(recipe, dict):
+        return False
+    return recipe.get("smooth", "none") != "none" or bool(recipe.get("reorder"))
+
+
+def _targets(source: PackedSource) -> dict[str, float]:
+    """The share of every weight that was to be pruned, where that is known."""
+    layers = (source.recipe or {}).get("layers")
+    listed = [entry for entry in layers if isinstance(entry, dict)] if layers else []
+    return {
+        f"{entry.get('name')}.weight": entry["target"]
+        for entry in listed
+        if isinstance(entry.get("target"), (int, float))
+    }
+
+
+def _pruned(solution: Solution, target: float | None, near: Tensor | None) -> bool:
+    """Whether zeros were pruned and have to stay; where nobody says, whether they are more than
+    rounding the original makes."""
+    if solution.grid.format.sparse or target is not None:
+        return solution.grid.format.sparse or bool(target)
+    if near is None:
+        return False
+    size = solution.grid.group_size(near.shape[1])
+    groups = zip(near.split(size, 1), solution.scales, strict=True)
+    rounded = sum((solution.grid.nearest(w, s) == 0).sum().item() for w, s in groups)
+    times, beyond = _MORE
+    zeros = (solution.values() == 0).sum().item()
+    return zeros > times * rounded + beyond * near.numel()
