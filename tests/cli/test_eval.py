@@ -6,47 +6,14 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from lacewing import LLM, RequestError
-from lacewing.cli.evaluate import windows
+from lacewing import LLM
+from lacewing.engine.scorer import LLMScorer
+from lacewing.quality import windows
 from tests.cli.conftest import Call
-
-
-def model(bos: list[int]) -> Any:
-    def encode(text: str, add_special: bool = True) -> list[int]:
-        return [*(bos if add_special else []), *(ord(letter) for letter in text)]
-
-    return SimpleNamespace(text=SimpleNamespace(encode=encode))
-
-
-def test_windows_do_not_overlap() -> None:
-    found = windows(model([]), "abcdefgh", 3, None)
-    assert found == [[97, 98, 99], [100, 101, 102]]
-
-
-def test_every_window_begins_with_the_models_first_token() -> None:
-    found = windows(model([1]), "abcde", 3, None)
-    assert found == [[1, 97, 98], [1, 99, 100]]
-
-
-def test_a_short_text_is_one_window() -> None:
-    assert windows(model([]), "ab", 2048, None) == [[97, 98]]
-    assert windows(model([1]), "ab", 2048, None) == [[1, 97, 98]]
-
-
-@pytest.mark.parametrize(("max_tokens", "count"), [(1, 1), (2, 1), (3, 2), (4, 2), (99, 3)])
-def test_max_tokens_bounds_the_windows(max_tokens: int, count: int) -> None:
-    assert len(windows(model([]), "abcdefghi", 3, max_tokens)) == count
-
-
-def test_no_text() -> None:
-    with pytest.raises(RequestError, match="at least 2 tokens"):
-        windows(model([1]), "a", 8, None)
 
 
 def test_the_perplexity_of_a_tiny_model(call: Call, tiny_gguf: Path, tmp_path: Path) -> None:
@@ -59,7 +26,7 @@ def test_the_perplexity_of_a_tiny_model(call: Call, tiny_gguf: Path, tmp_path: P
     assert found["windows"] == 200 // 31
     assert found["scored_tokens"] == found["windows"] * 31
     with LLM(tiny_gguf) as llm:
-        scores = [llm.score(piece) for piece in windows(llm, text.read_text(), 32, None)]
+        scores = [llm.score(piece) for piece in windows(LLMScorer(llm), text.read_text(), 32, None)]
     expected = math.exp(-float(np.concatenate(scores).mean(dtype=np.float64)))
     assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
 
@@ -91,6 +58,23 @@ def test_a_window_beyond_the_models_context(call: Call, tiny_gguf: Path, tmp_pat
     status, _, err = call("eval", tiny_gguf, *options)
     assert status == 1
     assert "4096" in err
+
+
+def test_a_window_is_at_most_the_models_context(call: Call, tiny_hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abcdefghij" * 20)
+    other = Path(shutil.copytree(tiny_hub, tmp_path / "short"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    status, out, err = call("eval", other, "--perplexity", tmp_path / "text", "--json")
+    assert status == 0, err
+    assert json.loads(out)["window"] == 64
+    options = ("--perplexity", tmp_path / "text", "--reference", other, "--json")
+    status, out, err = call("eval", tiny_hub, *options)
+    assert status == 0, err
+    assert json.loads(out)["window"] == json.loads(out)["divergence"]["window"] == 64
+    status, out, err = call("eval", tiny_hub, *options[:2], "--context", "32", "--json")
+    assert status == 0, err
+    assert json.loads(out)["window"] == 32
 
 
 def test_smollm2_predicts_english(call: Call, smollm2_gguf: Path, data_dir: Path) -> None:
@@ -129,7 +113,7 @@ def test_the_perplexity_is_what_it_was(call: Call, tiny_gguf: Path, text: Path) 
     assert status == 0
     found = json.loads(out)
     with LLM(tiny_gguf, max_context=32) as llm:
-        scores = [llm.score(piece) for piece in windows(llm, text.read_text(), 32, None)]
+        scores = [llm.score(piece) for piece in windows(LLMScorer(llm), text.read_text(), 32, None)]
     total = sum(-float(each.sum(dtype="float64")) for each in scores)
     assert found["perplexity"] == math.exp(total / found["scored_tokens"])
     assert found["nll"] == total
@@ -189,6 +173,7 @@ def test_nothing_to_do(call: Call, tiny_gguf: Path, text: Path) -> None:
         (CHOICES + "{", "a.jsonl:3: needs a JSON object"),
         ('{"query": "a"}', "a.jsonl:1: needs the keys"),
         (CHOICES.replace('"gold": 1', '"gold": 2'), "a.jsonl:2: `gold` must be below"),
+        (WORDS.replace("abc", "\\ud800"), "a.jsonl:1: needs Unicode text, got half a character"),
         (WORDS.replace("abc", "a" * 5000), "must fit into the context of 4096 tokens, got 5"),
     ],
 )
@@ -236,6 +221,9 @@ def test_torch_wants_a_directory(call: Call, tiny_gguf: Path, text: Path) -> Non
     status, _, err = call("eval", tiny_gguf, "--torch", "--perplexity", text)
     assert status == 1
     assert "is a Hugging Face directory" in err
+    status, _, err = call("eval", tiny_gguf, "--torch", "--kv", "f16", "--perplexity", text)
+    assert status == 1
+    assert "--kv is of the engine's cache" in err
     status, _, err = call("eval", "--torch", "--perplexity", text)
     assert status == 1
     assert "--torch needs a model" in err

@@ -293,6 +293,27 @@ def test_logits_refuse(tokens: list[int], start: int) -> None:
         fake_engine().logits(tokens, start)
 
 
+def test_logits_never_make_a_request_start_again() -> None:
+    model = FakeModel(16)
+    engine = fake_engine(16, model=model, token_budget=40)
+    sequence = ask(engine, [1] * 200, SamplingParams(max_tokens=9, ignore_eos=True))
+    engine.step()
+    assert read(engine, [2] * 100) == slow_logits([2] * 100)
+    assert sequence.finished
+    assert sum(map(sum, model.steps)) == 200 + 8 + 100, "every token is computed once"
+
+
+def test_closed_logits_give_their_blocks_back() -> None:
+    engine = fake_engine(16)
+    chunks, others = engine.logits([4] * 100), engine.logits([5] * 100)
+    next(chunks)
+    next(others)
+    chunks.close()
+    assert engine.scheduler.blocks.free == 9, "those of the other call stay"
+    others.close()
+    assert engine.scheduler.blocks.free == 16
+
+
 def test_interrupted_logits_leak_nothing() -> None:
     model = FakeModel(16)
     engine = fake_engine(16, model=model)

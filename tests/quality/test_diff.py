@@ -137,3 +137,19 @@ def test_prompts_of_a_text() -> None:
     assert cut_prompts(FakeScorer(), text, 2) == [text.text[:32], text.text[50:82]]
     with pytest.raises(RequestError, match="text: 4 prompts need 128 tokens, got 100"):
         cut_prompts(FakeScorer(), text, 4)
+
+
+def test_progress_of_answers() -> None:
+    told: list[tuple[float, float]] = []
+    prompts = [f"prompt {i}" for i in range(11)]
+    found = compare_answers(
+        FakeScorer(), FakeScorer(), prompts, 2, lambda done, total, _: told.append((done, total))
+    )
+    assert told == [(8, 11), (11, 11)]
+    assert [each.prompt for each in found.partings] == prompts
+
+
+def test_half_a_character_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "ok"}\n{"prompt": "\\udc00"}\n')
+    with pytest.raises(RequestError, match=r"a.jsonl:2: .* got half a character, U\+DC00"):
+        read_prompts(tmp_path / "a.jsonl")

@@ -178,3 +178,17 @@ def test_logits_that_are_not_finite() -> None:
     bad = FakeScorer(lambda tokens: np.full(256, np.nan if len(tokens) > 2 else 0, np.float32))
     with pytest.raises(RequestError, match=r"text: both models need finite .* token 3 of window 0"):
         divergence(bad)
+
+
+def test_progress_within_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lacewing.quality.divergence._TOLD", 10)
+    told: list[float] = []
+    text = Text("text", TEXT, 26)
+    (found,) = evaluate(
+        FakeScorer(louder),
+        [Against(FakeScorer(), text)],
+        0,
+        lambda done, total, _: told.append(done),
+    )
+    assert told == sorted(told) and told[-1] == found.windows
+    assert len(told) == 3 * found.windows

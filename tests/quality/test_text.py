@@ -96,3 +96,49 @@ def test_progress_is_told() -> None:
     text = Text("", "abcdefgh", window=4)
     evaluate(FakeScorer(), [text], 0, lambda done, total, word: steps.append((done, total)))
     assert steps == [(1, 2), (2, 2)]
+
+
+# -- Windows --------------------------------------------------------------------------------------
+
+
+def cut(bos: list[int], text: str, window: int, most: int | None = None) -> list[list[int]]:
+    return windows(FakeScorer(bos=bos), text, window, most)
+
+
+def test_windows_do_not_overlap() -> None:
+    assert cut([], "abcdefgh", 3) == [[97, 98, 99], [100, 101, 102]]
+
+
+def test_every_window_begins_with_the_models_first_token() -> None:
+    assert cut([1], "abcde", 3) == [[1, 97, 98], [1, 99, 100]]
+
+
+def test_a_short_text_is_one_window() -> None:
+    assert cut([], "ab", 2048) == [[97, 98]]
+    assert cut([1], "ab", 2048) == [[1, 97, 98]]
+
+
+@pytest.mark.parametrize(("most", "count"), [(1, 1), (2, 1), (3, 2), (4, 2), (99, 3)])
+def test_max_tokens_bounds_the_windows(most: int, count: int) -> None:
+    assert len(cut([], "abcdefghi", 3, most)) == count
+
+
+def test_no_text() -> None:
+    with pytest.raises(RequestError, match="at least 2 tokens"):
+        cut([1], "a", 8)
+
+
+def test_a_window_is_what_all_models_can_read() -> None:
+    short, long = FakeScorer(max_context=40), FakeScorer(max_context=4000)
+    text = Text("name", "abc")
+    assert (text.window_for(short), text.window_for(long)) == (40, 2048)
+    assert text.fitting(long, short).window == 40
+    assert perplexity(short, Text("name", "ab" * 40)).window == 40
+    with pytest.raises(RequestError, match="the context of fake, 40 tokens, got 41"):
+        Text("name", "abc", 41).fitting(long, short)
+
+
+@pytest.mark.parametrize(("window", "most"), [(1, None), (0, None), (8, 0)])
+def test_a_text_of_nothing_to_score(window: int, most: int | None) -> None:
+    with pytest.raises(RequestError, match="name: "):
+        Text("name", "abc", window, most)

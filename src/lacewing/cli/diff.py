@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lacewing.cli import screen
-from lacewing.cli.evaluate import LONG, figure, intervals, run_tasks, share
+from lacewing.cli.evaluate import (
+    CONTEXT_HELP,
+    WINDOW_HELP,
+    figure,
+    intervals,
+    room_for,
+    run_tasks,
+    share,
+)
 from lacewing.cli.screen import KV_HELP
 from lacewing.errors import RequestError
 
@@ -45,7 +53,7 @@ def diff(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each answer to a prompt.")] = 64,
     speed: Annotated[bool, typer.Option("--speed", help="Time decoding, in turn.")] = False,
-    window: Annotated[int, typer.Option(min=2, help="Tokens predicted from nothing.")] = 2048,
+    window: Annotated[int | None, typer.Option(min=2, help=WINDOW_HELP, show_default=False)] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop the text after this many scored tokens.")
     ] = None,
@@ -56,6 +64,9 @@ def diff(
     format_a: Annotated[str, typer.Option(help="Weight format of A.")] = "auto",
     format_b: Annotated[str, typer.Option(help="Weight format of B.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Default: all usable cores.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help=CONTEXT_HELP, show_default=False)
+    ] = None,
     kv: Annotated[str, typer.Option(help=KV_HELP)] = "f16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -72,7 +83,7 @@ def diff(
     read = None if text is None else Text.read(text, window, max_tokens)
     files = [read_items(path, limit) for path in items or ()]
     source = _prompt_source(prompts, read)
-    room = window if read is not None and window > LONG else None
+    room = context or room_for(read, True)
     opened = [
         open_llm(m, f, threads, kv, max_context=room) for m, f in ((a, format_a), (b, format_b))
     ]
@@ -132,7 +143,8 @@ def _answers(scorers: list[Any], source: int | Path, text: Text | None, tokens: 
     else:
         assert text is not None
         prompts = cut_prompts(a, text, source)
-    return compare_answers(a, b, prompts, tokens)
+    with screen.progress("answering") as advance:
+        return compare_answers(a, b, prompts, tokens, advance)
 
 
 def _flips(scorers: list[Any], files: list[Items], seed: int) -> list[Flips]:

@@ -14,9 +14,10 @@ from lacewing.cli.screen import KV_HELP
 from lacewing.errors import LacewingError, RequestError
 
 if TYPE_CHECKING:
-    from lacewing.engine import LLM
-    from lacewing.quality import Accuracy, Divergence, Interval, Items, Perplexity, Scorer, Text
+    from lacewing.quality import Accuracy, Divergence, Interval, Perplexity, Scorer, Text
 
+WINDOW_HELP = "Tokens predicted from nothing. Default: 2048, or the model's context."
+CONTEXT_HELP = "Tokens read at once. Default: as the window needs, 4096 for items."
 LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
 
 
@@ -41,7 +42,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens predicted from nothing.")] = 2048,
+    window: Annotated[int | None, typer.Option(min=2, help=WINDOW_HELP, show_default=False)] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many scored tokens.")
     ] = None,
@@ -61,7 +62,12 @@ def evaluate(
         ),
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Default: all usable cores.")] = None,
-    kv: Annotated[str, typer.Option(help=KV_HELP)] = "f16",
+    context: Annotated[
+        int | None, typer.Option(min=2, help=CONTEXT_HELP, show_default=False)
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help=f"{KV_HELP} Default: f16.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity of a text, accuracy on items, divergence from a reference.
@@ -74,6 +80,7 @@ def evaluate(
     Items are {"id", "query", "choices", "gold"} or {"id", "context", "target"}, one JSON object a
     line. Intervals hold 95 % of 1000 resampled figures.
     """
+    from lacewing.engine.kv import DEFAULT_KV
     from lacewing.quality import Against, Text, read_items
 
     text = None if perplexity is None else Text.read(perplexity, window, max_tokens)
@@ -82,11 +89,17 @@ def evaluate(
         raise typer.BadParameter("missing option: --perplexity FILE or --items FILE")
     if reference is not None and text is None:
         raise RequestError("--reference needs a text to compare on", hint="add --perplexity FILE")
-    way = Way(torch, threads, kv, _context(text, files))
+    if torch and kv is not None:
+        raise RequestError("--kv is of the engine's cache, with --torch there is none")
+    way = Way(torch, threads, kv or DEFAULT_KV, context or room_for(text, bool(files)))
     subject = way.open(model, format)
-    tasks: list[Any] = [*([text] if text else []), *files]
-    if reference is not None and text is not None:
-        tasks.append(Against(way.open(reference, reference_format).scorer, text))
+    tasks: list[Any] = list(files)
+    if text is not None and reference is not None:
+        beside = way.open(reference, reference_format).scorer
+        text = text.fitting(subject.scorer, beside)
+        tasks.append(Against(beside, text))
+    if text is not None:
+        tasks.insert(0, text)
     results = run_tasks(subject.scorer, tasks, seed)
     if as_json:
         screen.print_json(screen.to_plain({**subject.told, **_as_dict(results)}))
@@ -136,7 +149,7 @@ class Way:
         set_threads(self.threads)
         own = format == "auto"
         with screen.progress(f"opening {model}"):
-            scorer = open_scorer(Path(model), None if own else format)
+            scorer = open_scorer(Path(model), None if own else format, self.max_context)
         return Subject(scorer, {"model": model, "format": "torch float32" if own else format})
 
 
@@ -148,20 +161,12 @@ def run_tasks(scorer: Scorer, tasks: list[Any], seed: int, title: str = "scoring
         return quality.evaluate(scorer, tasks, seed, advance)
 
 
-def _context(text: Text | None, files: list[Items]) -> int | None:
-    """Tokens of a sequence: what the text needs; as many as usual, where the items' needs are not
-    known yet."""
-    if text is None or (files and text.window <= LONG):
+def room_for(text: Text | None, others: bool) -> int | None:
+    """Tokens of a sequence: what the text needs; as many as usual, where it does not say or the
+    needs of others (items, prompts) are not known yet."""
+    if text is None or text.window is None or (others and text.window <= LONG):
         return None
     return text.window
-
-
-def windows(llm: LLM, text: str, window: int, max_tokens: int | None) -> list[list[int]]:
-    """The token windows that score `text`, as `evaluate` says. Raises RequestError."""
-    from lacewing import quality
-    from lacewing.engine.scorer import LLMScorer
-
-    return quality.windows(LLMScorer(llm), text, window, max_tokens)
 
 
 # -- What is printed ------------------------------------------------------------------------------

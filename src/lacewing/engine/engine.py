@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from collections.abc import Sequence as Ids
 from operator import index
 
@@ -17,7 +17,10 @@ from lacewing.engine.sequence import FinishReason, Sequence
 from lacewing.engine.stops import Decoder, Writer
 from lacewing.errors import RequestError
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Logits"]
+
+Logits = Generator[NDArray[np.float32], None, None]
+"""Chunks f32 `[rows, vocab]`."""
 
 _SCORE_BYTES = 64 << 20  # of logits that `score` holds at once
 
@@ -116,13 +119,17 @@ class Engine:
         finally:
             self._let_go()
 
-    def logits(self, tokens: Ids[int], start: int = 0) -> Iterator[NDArray[np.float32]]:
+    def logits(self, tokens: Ids[int], start: int = 0) -> Logits:
         """Logits of what follows each of the tokens `[start, n)`: f32 chunks `[rows, vocab]`.
 
         Memory is bounded as in `score`. Keys and values of the last call stay in the cache until
-        the next step, so tokens before `start` that both calls begin with are not computed again.
-        Steps, and other calls, in between chunks are fine. Raises `RequestError` for no tokens,
-        more than the context holds, ids outside the vocabulary, `start` outside of the tokens.
+        the next step, so tokens before `start` that both calls begin with are not computed again;
+        closing the iterator before its end lets go of them. Steps, and other calls, in between
+        chunks are fine. Requests under way are never computed again for it: where they leave too
+        few blocks, a chunk waits for them and runs their steps.
+
+        Raises `RequestError` for no tokens, more than the context holds, ids outside the
+        vocabulary, `start` outside of the tokens.
         """
         ids = self._check_ids(tokens)
         if len(ids) > self.runner.max_context:
@@ -135,22 +142,25 @@ class Engine:
             raise RequestError(f"`start` must be in [0, {len(ids)}), the tokens, got {start}")
         return self._logits(ids, start)
 
-    def _logits(self, ids: list[int], start: int) -> Iterator[NDArray[np.float32]]:
+    def _logits(self, ids: list[int], start: int) -> Logits:
         rows = max(BLOCK_SIZE, _SCORE_BYTES // (4 * self.runner.vocab_size))
-        for first in range(start, len(ids), rows):
-            yield self._read(ids, first, min(first + rows, len(ids)))
+        try:
+            for first in range(start, len(ids), rows):
+                yield self._read(ids, first, min(first + rows, len(ids)))
+        except GeneratorExit:
+            if self._held.tokens is ids:  # and not those of another call
+                self._let_go()
+            raise
 
     def _read(self, ids: list[int], first: int, stop: int) -> NDArray[np.float32]:
         """Logits after the tokens `[first, stop)`; those before them get into the cache first,
         where they are not there from the call before."""
-        held, blocks = self._held, self.scheduler.blocks
-        held.computed = _shared(held.tokens[: held.computed], ids[:first])
-        held.tokens = ids
+        held = self._held
         try:
-            if not blocks.reserve(held.table, stop):
-                self._let_go()
-                self.scheduler.preempt_all()
-                blocks.reserve(held.table, stop)
+            while not self.scheduler.blocks.reserve(held.table, stop):
+                self.step()  # what was asked before ends, and gives its blocks back
+            held.computed = _shared(held.tokens[: held.computed], ids[:first])
+            held.tokens = ids
             while held.computed < first:
                 count = min(first - held.computed, self.scheduler.token_budget)
                 self.runner.step([Chunk(held, held.computed, count, False)])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.engine.engine import Engine
+from lacewing.engine.engine import Engine, Logits
 from lacewing.engine.kv import DEFAULT_KV
 from lacewing.engine.sampling import SamplingParams, TokenLogprobs
 from lacewing.engine.sequence import FinishReason, Sequence, Timings
@@ -220,18 +220,24 @@ class LLM:
         """Logits of what follows each of the tokens `[start, n)`, in chunks f32 `[rows, vocab]`.
 
         Checked now, computed chunk by chunk; memory is bounded as in `score`. Tokens before `start`
-        that the call before began with too are not computed again. Raises `RequestError`.
+        that the call before began with too are not computed again; dropping the iterator frees
+        what it holds. Answers under way come first where the cache is too small for both. Raises
+        `RequestError`.
         """
         return self._chunks(self.engine.logits(token_ids, start))
 
-    def _chunks(self, chunks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        while True:
-            with self._lock:  # not while the caller works on a chunk
-                self.engine  # noqa: B018  # raises where the LLM was closed meanwhile
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            yield chunk
+    def _chunks(self, chunks: Logits) -> Iterator[NDArray[np.float32]]:
+        try:
+            while True:
+                with self._lock:  # not while the caller works on a chunk
+                    self.engine  # noqa: B018  # raises where the LLM was closed meanwhile
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            with self._lock:
+                chunks.close()
 
     # -- Life -----------------------------------------------------------------------------------
 

@@ -153,11 +153,14 @@ def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in found if token is not None)
 
 
-def open_scorer(path: Path, format: str | None = None) -> TorchScorer:
+def open_scorer(
+    path: Path, format: str | None = None, max_context: int | None = None
+) -> TorchScorer:
     """The language model of a Hugging Face directory (its weights in safetensors), in float32; no
     code of it is run.
 
-    format: pack the linear layers into it (`replace_linear`). Raises RequestError where
+    format: pack the linear layers into it (`replace_linear`). max_context: as in `TorchScorer`,
+    never more than the configuration says. Raises RequestError where
     transformers cannot open it, LacewingError where it is absent.
     """
     try:
@@ -182,4 +185,7 @@ def open_scorer(path: Path, format: str | None = None) -> TorchScorer:
         from lacewing.nn.replace import replace_linear
 
         replace_linear(model, format)
-    return TorchScorer(model, tokenizer, path.name)
+    found = TorchScorer(model, tokenizer, path.name)
+    if max_context is not None:
+        found.max_context = min(found.max_context, max_context)
+    return found

@@ -13,13 +13,14 @@ import numpy as np
 from lacewing.errors import RequestError
 from lacewing.quality.bootstrap import SETTINGS, Interval, as_list, interval
 from lacewing.quality.divergence import check_same_tokens
-from lacewing.quality.items import Accuracy
+from lacewing.quality.items import Accuracy, check_unicode
 from lacewing.quality.scorer import Scorer
-from lacewing.quality.text import Text, read_utf8
+from lacewing.quality.text import Advance, Text, read_utf8
 
 __all__ = ["Answers", "Flips", "Parting", "compare_answers", "compare_items", "read_prompts"]
 
 _BEFORE, _AFTER = 12, 8  # tokens shown around a parting
+_TOGETHER = 8  # prompts that are answered in one batch
 _OPENING = 32  # tokens of a prompt that is cut from a text
 
 
@@ -58,9 +59,13 @@ class Answers:
         return {**vars(self), "partings": [asdict(each) for each in self.partings]}
 
 
-def compare_answers(a: Scorer, b: Scorer, prompts: Sequence[str], count: int) -> Answers:
-    """Continues each prompt greedily by up to `count` tokens. Raises RequestError where there is no
-    prompt, one is empty or too long, or the models do not share their tokens."""
+def compare_answers(
+    a: Scorer, b: Scorer, prompts: Sequence[str], count: int, progress: Advance | None = None
+) -> Answers:
+    """Continues each prompt greedily by up to `count` tokens. `progress` is as in `evaluate`.
+
+    Raises RequestError where there is no prompt, one is empty or too long, or the models do not
+    share their tokens."""
     if not prompts:
         raise RequestError("answers are compared on at least one prompt, got none")
     check_same_tokens(a, b, *prompts)
@@ -68,8 +73,13 @@ def compare_answers(a: Scorer, b: Scorer, prompts: Sequence[str], count: int) ->
     for tokens, prompt in zip(ids, prompts, strict=True):
         if not tokens:
             raise RequestError(f"a prompt must have at least one token, got {prompt!r}")
-    answers = zip(ids, a.generate(ids, count), b.generate(ids, count), strict=True)
-    found = tuple(_parting(a, *each) for each in answers)
+    found: list[Parting] = []
+    for first in range(0, len(ids), _TOGETHER):
+        some = ids[first : first + _TOGETHER]
+        answers = zip(some, a.generate(some, count), b.generate(some, count), strict=True)
+        found += [_parting(a, *each) for each in answers]
+        if progress is not None:
+            progress(len(found), len(ids), "answers")
     places = [float("inf") if each.at is None else each.at for each in found]
     median = float(np.quantile(places, 0.5, method="higher"))
     return Answers(
@@ -77,7 +87,7 @@ def compare_answers(a: Scorer, b: Scorer, prompts: Sequence[str], count: int) ->
         count,
         sum(each.at is None for each in found),
         None if median == float("inf") else median,
-        found,
+        tuple(found),
     )
 
 
@@ -158,6 +168,7 @@ def _prompt(line: str, where: str) -> str:
         found = None
     if not isinstance(found, str) or not found:
         raise RequestError(f"{where}: needs a JSON object with `prompt`, or `turns`")
+    check_unicode(found, where)
     return found
 
 

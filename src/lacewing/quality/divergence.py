@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
@@ -21,6 +21,7 @@ from lacewing.quality.text import Advance, Text
 __all__ = ["Against", "Divergence", "Place", "Range", "check_same_tokens"]
 
 _PLACES = 10
+_TOLD = 256  # tokens between two reports of progress
 _CONTEXT = 24  # tokens shown before a place
 _FIRST_RANGE, _RANGE_STEP = 16, 4  # positions 1-16, 17-64, 65-256, ...
 
@@ -112,21 +113,33 @@ class Against:
     def run(self, scorer: Scorer, seed: int, advance: Advance) -> Divergence:
         """Window by window, both models in turn; holds some chunks of logits and five numbers a
         token. Raises RequestError where the models do not share their tokens."""
-        pieces = self.text.cut(scorer)
-        check_same_tokens(self.reference, scorer, self.text.text)
-        self.text.cut(self.reference)  # the window fits here too
+        text = self.text.fitting(scorer, self.reference)
+        pieces = text.cut(scorer)
+        check_same_tokens(self.reference, scorer, text.text)
         places = _Places(self.reference, scorer)
         columns: list[Numbers] = []
-        left = self.text.max_tokens
+        left, said = text.max_tokens, ""
+
+        def tell(share: float) -> None:
+            """So much of the window under way is done."""
+            advance(len(columns) + share, len(pieces), said)
+
         for index, piece in enumerate(pieces):
             kept = piece if left is None else piece[: left + 1]
-            columns.append(self._window(scorer, index, kept, places))
+            columns.append(self._window(scorer, index, kept, places, tell))
             left = None if left is None else left - columns[-1].shape[1]
-            kl = np.concatenate([each[0] for each in columns]).mean()
-            advance(index + 1, len(pieces), f"KL {kl:.5f}")
-        return self._result(columns, places, seed)
+            said = f"KL {np.concatenate([each[0] for each in columns]).mean():.5f}"
+            tell(0)
+        return self._result(text.window_for(scorer), columns, places, seed)
 
-    def _window(self, scorer: Scorer, index: int, piece: list[int], places: _Places) -> Numbers:
+    def _window(
+        self,
+        scorer: Scorer,
+        index: int,
+        piece: list[int],
+        places: _Places,
+        tell: Callable[[float], None],
+    ) -> Numbers:
         """f64 `[5, n - 1]`: KL, agreement, both losses, position."""
         rows = zip(
             rows_of(self.reference.logits(piece[:-1])),
@@ -146,9 +159,13 @@ class Against:
             tops = int(before.argmax()), int(after.argmax())
             found[:, i] = kl, tops[0] == tops[1], -wanted[target], -got[target], i + 1
             places.offer(kl, index, piece, i + 1, tops, (wanted, got))
+            if i % _TOLD == _TOLD - 1:
+                tell((i + 1) / len(piece))
         return found
 
-    def _result(self, columns: list[Numbers], places: _Places, seed: int) -> Divergence:
+    def _result(
+        self, window: int, columns: list[Numbers], places: _Places, seed: int
+    ) -> Divergence:
         units = Units.of([each.shape[1] for each in columns])
         kl, same, reference_loss, loss, position = np.concatenate(columns, axis=1)
         worse = loss - reference_loss
@@ -157,7 +174,7 @@ class Against:
             reference=self.reference.name,
             scored_tokens=len(kl),
             windows=len(columns),
-            window=self.text.window,
+            window=window,
             kl=float(kl.mean()),
             kl_interval=units.interval(kl, seed),
             kl_median=float(np.median(kl)),

@@ -15,6 +15,7 @@ import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,15 @@ class Items:
             if not targets:
                 raise RequestError(
                     f"{self.name}: item `{item.id}`: the continuation needs a token of its own, "
-                    f"but {text!r} is merged into the context"
+                    f"but {text!r} is merged into the context",
+                    hint="put the space between both at the beginning of the continuation",
                 )
             length = len(ids) + len(targets) - 1  # nothing is predicted from the last one
             if length > scorer.max_context:
                 raise RequestError(
                     f"{self.name}: item `{item.id}` must fit into the context of "
-                    f"{scorer.max_context} tokens, got {length}"
+                    f"{scorer.max_context} tokens, got {length}",
+                    hint="open the model with a larger context (--context), or leave it out",
                 )
             found.append((ids, targets))
         return found
@@ -241,10 +244,12 @@ def read_items(path: Path, limit: int | None = None) -> Items:
         if limit is not None and len(found) == limit:
             break
         if line.strip():
-            found.append(_parse(line, f"{path.name}:{number}", number))
+            where = f"{path.name}:{number}"
+            found.append(_parse(line, where, number))
+            check_unicode("".join(chain([found[-1].id], *found[-1].pairs)), where)
             if type(found[-1]) is not type(found[0]):
                 raise RequestError(
-                    f"{path.name}:{number}: items of one kind make a file, got "
+                    f"{where}: items of one kind make a file, got "
                     f"{type(found[-1]).__name__} after {type(found[0]).__name__}"
                 )
     if not found:
@@ -274,3 +279,14 @@ def _parse(line: str, where: str, number: int) -> Choice | LastWord:
             f"{where}: `gold` must be below the {len(item['choices'])} choices, got {item['gold']}"
         )
     return Choice(name, item["query"], tuple(item["choices"]), item["gold"])
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raises RequestError for half of a surrogate pair, which JSON may escape and no tokenizer
+    takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{where}: needs Unicode text, got half a character, U+{ord(text[error.start]):04X}"
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +50,51 @@ class Perplexity:
 class Text:
     """A text to predict, in windows that do not overlap (see `windows`).
 
-    `max_tokens`: stop after this many scored tokens.
+    `window`: tokens, 2 at least; None: 2048, or the model's context where that is shorter.
+    `max_tokens`: stop after this many scored tokens. Raises RequestError for less than one.
     """
 
     name: str
     text: str
-    window: int = WINDOW
+    window: int | None = None
     max_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 2:
+            raise RequestError(f"{self.name}: a window has at least 2 tokens, got {self.window}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(
+                f"{self.name}: at least 1 token has to be scored, got max_tokens={self.max_tokens}"
+            )
+
     @classmethod
-    def read(cls, path: Path, window: int = WINDOW, max_tokens: int | None = None) -> Text:
+    def read(cls, path: Path, window: int | None = None, max_tokens: int | None = None) -> Text:
         """Of a UTF-8 file. Raises RequestError for anything else, OSError where it cannot be
         read."""
         return cls(path.name, read_utf8(path), window, max_tokens)
 
+    def window_for(self, *scorers: Scorer) -> int:
+        """Tokens of a window that all of them can read. Raises RequestError where one that was
+        asked for does not fit."""
+        if self.window is None:
+            return min(WINDOW, *(scorer.max_context for scorer in scorers))
+        for scorer in scorers:
+            if self.window > scorer.max_context:
+                raise RequestError(
+                    f"{self.name}: a window must fit into the context of {scorer.name}, "
+                    f"{scorer.max_context} tokens, got {self.window}"
+                )
+        return self.window
+
+    def fitting(self, *scorers: Scorer) -> Text:
+        """The same text in windows that all of them can read. Raises RequestError."""
+        return replace(self, window=self.window_for(*scorers))
+
     def cut(self, scorer: Scorer) -> list[list[int]]:
         """The windows of token ids. Raises RequestError."""
-        if self.window > scorer.max_context:
-            raise RequestError(
-                f"{self.name}: a window must fit into the context of {scorer.name}, "
-                f"{scorer.max_context} tokens, got {self.window}"
-            )
+        window = self.window_for(scorer)
         try:
-            return windows(scorer, self.text, self.window, self.max_tokens)
+            return windows(scorer, self.text, window, self.max_tokens)
         except RequestError as error:
             raise RequestError(f"{self.name}: {error}", error.hint) from None
 
@@ -100,7 +122,7 @@ class Text:
             sum(losses),
             count,
             len(pieces),
-            self.window,
+            self.window_for(scorer),
             units.name,
             seed,
         )
