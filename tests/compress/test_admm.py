@@ -32,7 +32,7 @@ def naive_admm(p, format, sparsity):
 
     mask, rho, v = largest(w0), admm._FIRST, np.zeros_like(w0)
     d, before = w0 * mask, mask
-    for step in range(1, admm._STEPS + 1):
+    for step in range(1, admm.STEPS + 1):
         w = np.linalg.solve(h + rho * np.eye(len(h)), (w0 @ h - v + rho * d).T).T
         mask = largest(w + v / rho)
         d = (w + v / rho) * mask

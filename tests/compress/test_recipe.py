@@ -296,3 +296,43 @@ def test_the_recipe_of_the_guide() -> None:
     recipe = Recipe.from_yaml(text)
     plan = recipe.plan(tiny_spec("llama"))
     assert plan["model.layers.1.mlp.up_proj.weight"].sparsity == 0.5
+
+
+# -- what is odd ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rules", [None, 3, "*", [{"match": "re:" + "(" * 5000 + ")" * 5000, "format": "w8a8g32"}]]
+)
+def test_odd_rules(rules):
+    with pytest.raises(RecipeError, match="rule"):
+        Recipe.from_dict({"rules": rules})
+    if not isinstance(rules, list):
+        with pytest.raises(RecipeError, match="`rules`: needs a list"):
+            Recipe(rules)
+
+
+def test_a_count_that_no_expression_can_have():
+    with pytest.raises(RecipeError, match="too large"):
+        Rule("re:a{99999999999999999999}", "w8a8g32")
+
+
+def test_the_text_of_a_recipe_as_its_path():
+    with pytest.raises(RecipeError, match="a preset or a YAML file"):
+        Recipe.open("rules:\n" + "  - {match: '*', format: w8a8g32}\n" * 200)
+
+
+def test_a_rule_that_never_wins():
+    """Each of the first two takes a part of what the third one names."""
+    rules = (
+        Rule("*.q_proj", "w4a8g32"),
+        Rule("re:.*\\.[ko]_proj", "w8a8g32"),
+        Rule("re:.*\\.[qko]_proj", "w4a8g64"),
+        Rule("*", "w4a8g32"),
+    )
+    shapes = {
+        f"model.layers.0.self_attn.{name}_proj.weight": (32, 32) for name in ("q", "k", "v", "o")
+    }
+    with pytest.raises(RecipeError, match=r"`re:.*\[qko\]_proj`: never wins: `\*\.q_proj`"):
+        Recipe(rules).plan(shapes)
+    assert len(Recipe((*rules[:2], rules[3])).plan(shapes)) == 4

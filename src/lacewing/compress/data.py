@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lacewing.checkpoint import TokenizerFiles
-from lacewing.checkpoint.files import parse_json, read_text, shown
+from lacewing.checkpoint.files import MAX_JSON, parse_json, read_text, shown
 from lacewing.compress.checks import fail
 from lacewing.compress.recipe import Calibration
 from lacewing.errors import CheckpointError, RecipeError
@@ -188,7 +188,10 @@ def _read(file: Path) -> str:
     try:
         return read_text(file)
     except CheckpointError as error:
-        raise RecipeError(str(error), hint=error.hint) from None
+        hint = error.hint
+        if file.is_file() and file.stat().st_size > MAX_JSON:
+            hint = "split it: `--data` takes any number of files, each of an equal share"
+        raise RecipeError(str(error), hint=hint) from None
 
 
 def _text_of(document: dict[str, Any], where: str) -> str:

@@ -29,10 +29,11 @@ def make_plan(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> d
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
     n_layers = _block_count(matrices)
     plan: dict[str, Rule] = {}
-    used: set[Rule] = set()
+    winners: dict[Rule, Rule] = {}
     for name, shape in matrices.items():
         matching = [rule for rule in rules if _takes(rule, name, n_layers)]
-        used.update(matching)
+        for each in matching:
+            winners[each] = each if each is matching[0] else winners.get(each, matching[0])
         rule = matching[0] if matching else _default(name)
         if rule is None:
             raise RecipeError(
@@ -41,7 +42,7 @@ def make_plan(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> d
             )
         plan[name] = _for_table(name, rule) if name in TABLES else rule
         _check_shape(name, shape, rule)
-    _check_used(rules, used, [layer_of(name) for name in matrices])
+    _check_used(rules, winners, [layer_of(name) for name in matrices])
     return plan
 
 
@@ -78,10 +79,18 @@ def _check_shape(tensor: str, shape: tuple[int, ...], rule: Rule) -> None:
         )
 
 
-def _check_used(rules: Sequence[Rule], used: set[Rule], layers: Sequence[str]) -> None:
+def _check_used(rules: Sequence[Rule], winners: Mapping[Rule, Rule], layers: Sequence[str]) -> None:
+    """winners: of every rule that matches something, itself, or one that takes what it matches."""
     for rule in rules:
-        if rule in used:
+        winner = winners.get(rule)
+        if winner is rule:
             continue
+        if winner is not None:
+            raise RecipeError(
+                f"rule `{shown(rule.match)}`: never wins: `{shown(winner.match)}` before it takes"
+                " weights that it matches, and others the rest",
+                hint="the first rule that matches wins: put the general one last",
+            )
         near = difflib.get_close_matches(rule.match.removeprefix("re:"), layers, 3, cutoff=0.4)
         hint = f"near matches: {', '.join(near)}" if near else f"names are like {layers[-1]}"
         if rule.names_tables and "lm_head" not in layers:

@@ -179,6 +179,8 @@ class Recipe:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, (list, tuple)):
+            fail("`rules`", "a list", shown(self.rules))
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
             fail("`rules`", "at least one rule", shown(self.rules))
@@ -254,7 +256,7 @@ class Recipe:
         """A preset by its name, or the recipe in a file."""
         if name in PRESETS:
             return Recipe.preset(str(name))
-        if not Path(name).exists():
+        if not _exists(name):
             near = difflib.get_close_matches(str(name), PRESETS, 1)
             means = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
             fail("recipe", "a preset or a YAML file", f"`{shown(str(name), 400)}`, neither", means)
@@ -303,6 +305,13 @@ def _keys(kind: type, value: Any, where: str) -> dict[str, Any]:
         if field.default is MISSING and field.name not in value:
             fail(f"`{where}`", f"`{field.name}`", f"only {', '.join(map(str, value)) or 'nothing'}")
     return dict(value)
+
+
+def _exists(name: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # longer than a name can be: the text of a recipe, say
+        return False
 
 
 def _make(kind: type[_Made], value: Any, where: str) -> _Made:
@@ -390,10 +399,12 @@ def _covers(earlier: Rule, later: Rule) -> bool:
 
 def _compile(where: str, pattern: str) -> re.Pattern[str]:
     """A pattern of a rule as a regular expression for whole names."""
-    if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
     text = pattern[3:].replace("{first}", "0").replace("{last}", "0")
     try:
+        if not pattern.startswith("re:"):
+            return re.compile(fnmatch.translate(pattern))
         return re.compile(text)
     except re.error as error:
         fail(where, "a regular expression after `re:`", f"one that is none: {error}")
+    except (RecursionError, OverflowError) as error:
+        fail(where, "a pattern that can be compiled", f"one that is too large: {error}")
