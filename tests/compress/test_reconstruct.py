@@ -24,7 +24,7 @@ def flow(windows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 def test_it_lowers_the_error(format: str) -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), format)
-    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, batch=16)
+    found = reconstruct(block, solutions, x, y, steps=60, rate=1e-2, batch=16)
     assert found.helped
     assert found.after < 0.97 * found.before
     for name, solution in found.solutions.items():
