@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_it_heals(call: Call, packed: Path, tiny_gguf: Path, text: Path, tmp_pat
     assert told.status == 0
     assert "KL before" in told.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "packed", "text.txt"]
+
+
+def test_its_defaults_are_those_of_python() -> None:
+    from lacewing.cli.heal import heal
+    from lacewing.compress.heal import Healing
+
+    healing = Healing(steps=1)
+    shown = inspect.signature(heal).parameters
+    for option, field in (("rate", "rate"), ("tokens", "tokens"), ("mix", "mix"), ("bf16", "bf16")):
+        assert shown[option].default == getattr(healing, field)
+
+
+def test_it_says_that_no_step_fitted(
+    call: Call,
+    packed: Path,
+    tiny_gguf: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    given = ("heal", packed, tmp_path / "out", "--dense", tiny_gguf, "--data", text)
+    found = call(*given, "--minutes", 0, "--threads", 1, *SHORT)
+    assert found.status == 0
+    assert asked == [1]
+    assert "no step fitted" in found.out + found.err
 
 
 @pytest.mark.parametrize(

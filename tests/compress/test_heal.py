@@ -20,7 +20,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from lacewing.checkpoint import open_source  # noqa: E402
 from lacewing.compress import savepoint  # noqa: E402
-from lacewing.compress.heal import Healed, Healing, heal_windows  # noqa: E402
+from lacewing.compress.heal import Healed, Healing, _schedule, heal_windows  # noqa: E402
+from lacewing.compress.master import Master  # noqa: E402
+from lacewing.compress.student import Student  # noqa: E402
 from lacewing.errors import CheckpointError, RecipeError  # noqa: E402
 from lacewing.formats import FORMATS  # noqa: E402
 from tests.compress import training  # noqa: E402
@@ -81,6 +83,81 @@ def test_every_architecture_heals(
     before = write_model(tmp_path / "before", weights(config), "w3a8g64")
     how = replace(SHORT, steps=8, rate=2e-3, bf16=bf16)
     assert heal(before, dense, tmp_path / "after", how).helped
+
+
+def pruned(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The smaller half of every row of every layer is zero."""
+    out = dict(found)
+    for name, values in found.items():
+        if values.ndim == 2 and name not in training.TABLES:
+            least = np.median(np.abs(values), axis=1, keepdims=True)
+            out[name] = np.where(np.abs(values) < least, np.float32(0), values)
+    return out
+
+
+def record(**recipe: Any) -> dict[str, Any]:
+    """As `compress` writes it, of layers whose half was pruned."""
+    names = [f"model.layers.{i}.{name}" for i in range(2) for name in training.LAYERS]
+    layers = [{"name": name, "target": 0.5} for name in names]
+    return {"recipe": {"smooth": "none", "reorder": False} | recipe, "layers": layers}
+
+
+@pytest.mark.parametrize("told", [None, record(), record(smooth="awq"), record(reorder=True)])
+@pytest.mark.parametrize("format", ["bf16", "w8a8g64", "w4a8g32"])
+def test_what_was_pruned_in_a_dense_format_stays(
+    format: str, told: dict[str, Any] | None, tmp_path: Path, dense: Path
+) -> None:
+    before = write_model(tmp_path / "before", pruned(weights()), format, told)
+    found = heal(before, dense, tmp_path / "after", replace(SHORT, steps=4))
+    assert found.helped
+    old, new = open_source(before), open_source(tmp_path / "after")
+    for name in old.spec.tensor_shapes():
+        zero = old.tensors[name].dequantize() == 0
+        assert not new.tensors[name].dequantize()[zero].any()
+
+
+def masters(before: Path, dense: Path) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """What the masters of a student begin with: mask, and original weight."""
+    found = []
+
+    def make(solution: Any, mask: Any, near: Any, index: int) -> Master:
+        found.append((mask, near))
+        return Master(solution, mask, near)
+
+    Student(open_source(before), open_source(dense), make, torch.float32)
+    return found
+
+
+def test_zeros_of_rounding_may_go(tmp_path: Path, dense: Path) -> None:
+    """A model that was rounded and not pruned has no masks."""
+    for format in ("bf16", "w8a8g64", "w4a8g32", "w4a8g32z", "w1.6a8"):
+        before = write_model(tmp_path / format, weights(), format)
+        assert all(mask is None for mask, _ in masters(before, dense))
+
+
+def test_folded_weights_have_no_original(tmp_path: Path, dense: Path) -> None:
+    for i, (told, known) in enumerate(
+        [(record(), True), (record(smooth="awq"), False), (record(reorder=True), False)]
+    ):
+        before = write_model(tmp_path / str(i), weights(), "w4a8g32", told)
+        assert all((near is not None) == known for _, near in masters(before, dense))
+
+
+@pytest.mark.parametrize("told", [{"recipe": 3, "layers": [1, {"target": "x"}]}, {"layers": 7}])
+def test_a_record_of_something_else_says_nothing(
+    told: dict[str, Any], tmp_path: Path, dense: Path
+) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32", told)
+    assert all(near is not None for _, near in masters(before, dense))
+
+
+def test_the_rate_rises_over_steps_then_falls() -> None:
+    long = [_schedule(step, step / 1000) for step in range(1000)]
+    assert long[:20] == pytest.approx([(i + 1) / 20 for i in range(20)], rel=2e-3)
+    assert all(a >= b for a, b in itertools.pairwise(long[19:]))
+    assert long[-1] < 1e-5
+    short = [_schedule(step, step / 30) for step in range(30)]
+    assert max(short) == short[3]
 
 
 def test_the_rest_of_the_directory_stays(tmp_path: Path, dense: Path) -> None:
@@ -221,6 +298,13 @@ def test_minutes_are_a_limit(tmp_path: Path, dense: Path, monkeypatch: Any) -> N
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert "tokens/s" in ticks[-1][1]
+
+
+def test_time_that_is_up_before_the_first_step(tmp_path: Path, dense: Path) -> None:
+    before = write_model(tmp_path / "before", weights(), "w4a8g32")
+    found = heal(before, dense, tmp_path / "after", replace(SHORT, steps=None, minutes=0.0))
+    assert (found.steps_done, found.helped, len(found.history)) == (0, False, 1)
+    assert same(before, tmp_path / "after")
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -90,8 +90,11 @@ def tokens(count: int = 24, length: int = 16, seed: int = 5) -> Tensor:
     return torch.randint(CONFIG["vocab_size"], (count, length), generator=generator)
 
 
-def write_model(path: Path, found: dict[str, np.ndarray], format: str) -> Path:
-    """A packed directory of `weights`, its layers in `format`, whose tokens are t0, t1, .."""
+def write_model(
+    path: Path, found: dict[str, np.ndarray], format: str, record: dict[str, Any] | None = None
+) -> Path:
+    """A packed directory of `weights`, its layers in `format`, whose tokens are t0, t1, .., and
+    which keeps `record` of how it was made."""
     config = CONFIG
     packed: dict[str, Any] = {
         name: value if value.ndim == 1 else compressed(value, _format_of(name, format))
@@ -108,7 +111,9 @@ def write_model(path: Path, found: dict[str, np.ndarray], format: str) -> Path:
         name: (value.format if isinstance(value, PackedTensor) else VECTOR, value.shape)
         for name, value in packed.items()
     }
-    document = json.loads(manifest_json(config, TOKENS, kinds)) | {"recipe": {"name": "kept"}}
+    document = json.loads(manifest_json(config, TOKENS, kinds)) | {
+        "recipe": record or {"name": "kept"}
+    }
     (path / MANIFEST).write_text(json.dumps(document))
     (path / TOKENIZER).write_text(TOKENS.tokenizer_json)
     return path

@@ -41,10 +41,10 @@ def heal(
         ),
     ] = None,
     rate: Annotated[
-        float | None,
+        float,
         typer.Option(help="Largest change of a weight per step, as a share of a typical weight."),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    ] = 5e-4,
+    tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 1024,
     window: Annotated[int, typer.Option(help="Tokens read in one piece.")] = 512,
     scales: Annotated[bool, typer.Option(help="Train the scales of groups too.")] = True,
     mix: Annotated[
@@ -54,6 +54,9 @@ def heal(
         bool, typer.Option(help="Multiply in bf16: faster where the CPU has it.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of PyTorch.", show_default="all usable cores")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -67,6 +70,8 @@ def heal(
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")
     try:
+        import torch
+
         from lacewing.compress.heal import Healing
         from lacewing.compress.heal import heal as run
     except ImportError as error:
@@ -74,16 +79,18 @@ def heal(
             f"`lacewing heal` needs PyTorch: {error}", hint="pip install 'lacewing[torch]'"
         ) from error
 
-    chosen = {"rate": rate, "tokens": tokens}
+    if threads is not None:
+        torch.set_num_threads(threads)
     healing = Healing(
         steps=steps,
         minutes=_MINUTES if steps is None and minutes is None else minutes,
+        rate=rate,
+        tokens=tokens,
         lora_rank=lora,
         learn_scales=scales,
         mix=mix,
         seed=seed,
         bf16=bf16,
-        **{name: value for name, value in chosen.items() if value is not None},  # type: ignore[arg-type]
     )
     with screen.progress(f"healing {Path(compressed).name}") as advance:
         found = run(
@@ -111,7 +118,9 @@ def _show(out: str, found: Healed) -> None:
             ("tokens", f"{found.tokens_seen:,} in {found.seconds:.0f} s"),
         ]
     )
-    if found.helped:
+    if not found.steps_done:
+        screen.note(f"{out}: no step fitted: it is the model as it was. Give more --minutes")
+    elif found.helped:
         screen.note(f"{out}: run it with `lacewing run {out}`")
     else:
         screen.note(f"{out}: healing did not help: it is the model as it was. Try another --rate")

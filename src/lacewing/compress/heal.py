@@ -47,7 +47,7 @@ from lacewing.errors import RecipeError
 __all__ = ["Healed", "Healing", "Progress", "heal", "heal_windows"]
 
 Progress = Callable[[float, str], None]
-"""Called after every step: the share of the work that is done, and a line that says how it goes."""
+"""Called with every step: the share of the work that is done, and a line that says how it goes."""
 
 _LOOKS = 2
 """How often the held-out windows are looked at, after the first time."""
@@ -136,6 +136,8 @@ def heal(
     """`heal_windows` on all the text of the files `data` (`data.py` says which kinds), cut into
     windows of `window` tokens. dense: any model file."""
     student = open_source(compressed)
+    if progress is not None:
+        progress(0.0, "reading the text")
     found = _windows(student, data, window, healing.seed)
     return heal_windows(
         student, open_source(dense), Path(out), found, healing, force=force, progress=progress

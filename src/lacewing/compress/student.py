@@ -51,7 +51,8 @@ class Student:
                 assert isinstance(packed, PackedTensor)
                 solution = solution_of(packed)
                 near = None if folded else original.tensor(full)
-                pruned = _pruned(solution, targets.get(full), near)
+                dense_format = not solution.grid.format.sparse  # else a master knows it
+                pruned = dense_format and _pruned(solution, targets.get(full), near)
                 mask = solution.values() != 0 if pruned else None
                 master = self.masters[full] = make(solution, mask, near, len(self.masters))
                 _connect(block.linear(name).weight, master)
@@ -114,19 +115,19 @@ def _folded(source: PackedSource) -> bool:
 def _targets(source: PackedSource) -> dict[str, float]:
     """The share of every weight that was to be pruned, where that is known."""
     layers = (source.recipe or {}).get("layers")
-    listed = [entry for entry in layers if isinstance(entry, dict)] if layers else []
+    listed = layers if isinstance(layers, list) else []
     return {
         f"{entry.get('name')}.weight": entry["target"]
         for entry in listed
-        if isinstance(entry.get("target"), (int, float))
+        if isinstance(entry, dict) and isinstance(entry.get("target"), (int, float))
     }
 
 
 def _pruned(solution: Solution, target: float | None, near: Tensor | None) -> bool:
-    """Whether zeros were pruned and have to stay; where nobody says, whether they are more than
-    rounding the original makes."""
-    if solution.grid.format.sparse or target is not None:
-        return solution.grid.format.sparse or bool(target)
+    """Whether zeros of a dense format were pruned and have to stay; where nobody says, whether they
+    are more than rounding the original makes."""
+    if target is not None:
+        return target > 0
     if near is None:
         return False
     size = solution.grid.group_size(near.shape[1])
