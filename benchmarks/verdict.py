@@ -16,7 +16,7 @@ def sentences(record: dict[str, Any]) -> list[str]:
     rows.sort(key=lambda row: float(row["bytes"]))
     timed = [row for row in rows if "speed" in row]
     found = standing(rows, "bytes") + (standing(timed, "speed") if timed else [])
-    found += [against_dense(row, rows) for row in rows if row["family"] == "sparse"]
+    found += [against_dense(row, rows) for row in rows if row["family"] in ("sparse", "healed")]
     found += [against_llama(row, rows) for row in rows if row["family"] == "llama.cpp"]
     return found
 
@@ -52,7 +52,8 @@ def costs(row: Row, cost: str) -> float:
 
 
 def against_dense(row: Row, rows: Sequence[Row]) -> str:
-    """Whether a sparse model pays: against the best dense one of ours in as many bytes."""
+    """Whether a sparse or a healed model pays: against the best dense one of ours in as many bytes
+    that was not healed."""
     as_large = [
         other
         for other in rows
@@ -62,7 +63,11 @@ def against_dense(row: Row, rows: Sequence[Row]) -> str:
         return f"No dense model of ours is as small as {figures(row)}."
     other = min(as_large, key=lambda each: float(each["perplexity"]))
     verb = "loses to" if other["perplexity"] < row["perplexity"] else "beats"
-    return f"Sparse {figures(row)} {verb} the best dense one in as many bytes, {figures(other)}."
+    one = "one that was not healed" if row["family"] == "healed" else "one"
+    return (
+        f"{row['family'].title()} {figures(row)} {verb} the best dense {one} in as many bytes, "
+        f"{figures(other)}."
+    )
 
 
 def against_llama(row: Row, rows: Sequence[Row]) -> str:

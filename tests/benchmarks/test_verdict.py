@@ -46,6 +46,11 @@ def test_a_sparse_model_is_held_against_a_dense_one_of_as_many_bytes() -> None:
         "Sparse w4a8g64_sp 50% joint (80.0 MB, +40.0%) loses to the best dense one in as many "
         "bytes, w3a8g64 calibrated (80.5 MB, +20.0%)."
     )
+    healed = {**SPARSE, "name": "mended", "family": "healed"}
+    assert any(
+        each.startswith("Healed mended (80.0 MB, +40.0%) loses to the best dense one that was not")
+        for each in said(THREE, healed)
+    )
     better = {**SPARSE, "perplexity": 23.0, "loss": 0.15}
     assert any("+15.0%) beats the best dense one" in each for each in said(THREE, FOUR, better))
     assert said(FOUR, SPARSE)[-1] == (

