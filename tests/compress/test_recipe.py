@@ -94,7 +94,8 @@ def test_presets_fit_every_model(name: str, model: str) -> None:
     plan = recipe.plan(spec)
     shapes = spec.tensor_shapes()
     assert list(plan) == [tensor for tensor, shape in shapes.items() if len(shape) == 2]
-    assert plan["model.embed_tokens.weight"].format in ("w8a8g32", "w8a8g64")
+    size = 32 if name in ("safe", "sparse50") else 64
+    assert plan["model.embed_tokens.weight"].format == f"w8a8g{size}"
     assert plan["model.embed_tokens.weight"].solver == "nearest"
 
 

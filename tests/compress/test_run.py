@@ -4,6 +4,7 @@ it is killed, what is refused."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ import lacewing  # noqa: E402
 from lacewing.checkpoint import load_packed, open_source  # noqa: E402
 from lacewing.compress import Calibration, Recipe, Rule  # noqa: E402
 from lacewing.compress.fingerprint import fingerprint  # noqa: E402
+from lacewing.compress.module import ModuleSource  # noqa: E402
 from lacewing.compress.run import Compression  # noqa: E402
 from lacewing.errors import CheckpointError, RecipeError  # noqa: E402
 from lacewing.formats import pack  # noqa: E402
@@ -244,9 +246,29 @@ def test_models_are_told_apart(model: Path, tmp_path: Path) -> None:
     build.write_hub(tmp_path / "a", tiny, weights)
     same = fingerprint(open_source(tmp_path / "a"))
     assert same == fingerprint(open_source(tmp_path / "a"))
+    (tmp_path / "a" / "README.md").write_text("not read")
+    (tmp_path / "a" / "consolidated.bin").write_text("not read")
+    assert same == fingerprint(open_source(tmp_path / "a"))
     weights["model.norm.weight"][-1] += 1
     build.write_hub(tmp_path / "b", tiny, weights)
     assert fingerprint(open_source(tmp_path / "b")) != same
+
+
+def test_weights_that_cannot_be_read(model: Path, tmp_path: Path) -> None:
+    source = open_source(shutil.copytree(model, tmp_path / "a"))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        fingerprint(source)
+
+
+def test_every_row_in_memory_counts(model: Path) -> None:
+    tiny_transformers = pytest.importorskip("tests.tiny_transformers", reason="needs transformers")
+    made = tiny_transformers.tiny("llama")
+    before = fingerprint(ModuleSource(made, model))
+    with torch.no_grad():
+        made.state_dict()["model.layers.1.mlp.up_proj.weight"][5, 1] += 1
+    assert fingerprint(ModuleSource(made, model)) != before
 
 
 # -- a model in memory ----------------------------------------------------------------------------

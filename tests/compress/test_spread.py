@@ -66,17 +66,19 @@ def test_the_total_stays(method):
     assert spread("llama", method) == shares
 
 
-def test_owl_gives_one_ratio_per_block():
+def test_owl_spreads_each_sparsity_apart():
     shares = spread("llama", "owl")
-    ratios = [
-        {
-            shares[f"model.layers.{i}.{layer}.weight"]
-            for layer in ("self_attn.q_proj", "mlp.up_proj")
-        }
-        for i in range(3)
-    ]
-    assert all(len(ratio) == 1 for ratio in ratios)
-    assert max(ratios[2]) < min(max(ratios[0]), max(ratios[1]))  # the one with outliers
+    for layers, target in ((("q", "k"), 0.3), (("up", "gate", "down"), 0.6)):
+        where = "self_attn" if target == 0.3 else "mlp"
+        names = [
+            [f"model.layers.{i}.{where}.{layer}_proj.weight" for layer in layers] for i in range(3)
+        ]
+        ratios = [{shares[name] for name in block} for block in names]
+        assert all(len(ratio) == 1 for ratio in ratios)
+        assert len({max(ratio) for ratio in ratios}) == 3
+        flat = [name for block in names for name in block]
+        wanted = dict.fromkeys(flat, target)
+        assert math.isclose(dropped(shares, flat), dropped(wanted, flat), rel_tol=1e-12)
 
 
 def test_curves_take_what_costs_least():
@@ -89,7 +91,7 @@ def test_curves_take_what_costs_least():
 def test_a_part_of_the_text_is_enough(monkeypatch):
     monkeypatch.setattr(module, "_TOKENS", 50)
     windows = windows_of(6)
-    assert spread("llama", "curves", windows) == spread("llama", "curves", windows[:2])
+    assert spread("llama", "curves", windows) == spread("llama", "curves", windows[[0, 3]])
 
 
 def test_nothing_is_run_where_patterns_are_all():

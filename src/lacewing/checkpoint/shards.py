@@ -14,13 +14,13 @@ from lacewing.checkpoint.tensors import F32, SourceTensor
 from lacewing.errors import UnsupportedModelError
 from lacewing.formats import Codes
 
-__all__ = ["FLOATS", "FloatTensor", "as_f32", "open_shards"]
+__all__ = ["FLOATS", "INDEX", "SINGLE", "FloatTensor", "as_f32", "open_shards"]
 
 Array = npt.NDArray[Any]
 
 FLOATS = ("F32", "F16", "BF16")
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _DAMAGED = "the download is incomplete or damaged: fetch it again"
 
 
@@ -70,18 +70,18 @@ class FloatTensor(SourceTensor):
 def open_shards(path: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> the file that holds it: `model.safetensors`, shards with an index, or the only
     safetensors file there is, whatever its name (AutoGPTQ's). Raises CheckpointError."""
-    single = path / _SINGLE
-    if not single.exists() and not (path / _INDEX).exists():
+    single = path / SINGLE
+    if not single.exists() and not (path / INDEX).exists():
         found = list(path.glob("*.safetensors"))
         single = found[0] if len(found) == 1 else single
     if single.exists():
         file = read_safetensors(single)
         return dict.fromkeys(file.tensors, file)
-    if not (path / _INDEX).exists():
+    if not (path / INDEX).exists():
         others = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
         hint = "convert the weights to safetensors first" if others else _DAMAGED
-        fail(str(path), f"{_SINGLE} or {_INDEX}", "neither", hint)
-    index = path / _INDEX
+        fail(str(path), f"{SINGLE} or {INDEX}", "neither", hint)
+    index = path / INDEX
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict):
         fail(f"{index}: `weight_map`", "a mapping of tensors to files", shown(placed))

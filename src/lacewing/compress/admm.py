@@ -28,7 +28,9 @@ _FIRST = 0.1
 """rho of the first step, where H has a diagonal of 1."""
 _EVERY = 3
 """Steps between two looks at how much the choice still changes."""
-_FACTORS = ((0.005, 1.3), (0.0005, 1.2), (0.0, 1.1))
+_SETTLED = 0.0005
+"""Share of the weights: with fewer of them changed between two looks the choice is made."""
+_FACTORS = ((0.005, 1.3), (_SETTLED, 1.2))
 """Above which share of changed weights rho grows by which factor."""
 REFITS = 20
 
@@ -60,7 +62,7 @@ def prune_admm(problem: Problem, format: Format, sparsity: float) -> Tensor:
         v = v + rho * (w - d)
         if step % _EVERY == _EVERY - 1:
             changed = (mask != before).float().mean().item()
-            if changed == 0:
+            if changed <= _SETTLED:
                 break
             before = mask
             rho *= next(factor for share, factor in _FACTORS if changed > share)

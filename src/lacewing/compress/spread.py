@@ -23,7 +23,7 @@ __all__ = ["spread_sparsity"]
 
 _TOKENS = 8192
 """Of the calibration text, which are enough to tell layers apart."""
-_SPARSITIES = tuple(i / 20 for i in range(20))
+_SPARSITIES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.75, 0.85, 0.95)
 
 
 def spread_sparsity(
@@ -31,15 +31,15 @@ def spread_sparsity(
 ) -> dict[str, float]:
     """The sparsity of every matrix that its rule prunes, the total of all of them as the rules say.
 
-    method: `owl`, which spreads it over blocks by their outliers (arXiv:2310.05175), or `curves`,
-    over matrices by how their error grows. Matrices of formats with a pattern of their own keep its
-    sparsity.
+    method: `owl`, which spreads it over blocks by their outliers (arXiv:2310.05175), apart for
+    matrices of each sparsity, or `curves`, over all matrices by how their error grows. Matrices of
+    formats with a pattern of their own keep its sparsity.
     """
     fixed = {n: r.target for n, r in plan.items() if r.prunes and not _free(r)}
     free = {n: r for n, r in plan.items() if r.prunes and _free(r)}
     if not free:
         return fixed
-    seen = windows[: max(1, _TOKENS // windows.shape[1])]
+    seen = _some(windows)
     costs: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
     x = decoder.embed(seen, decoder.embedding())
@@ -51,10 +51,21 @@ def spread_sparsity(
                 costs[name] = _cost(problem, free[name], method)
         path.pass_mlp()
         x = path.y
-    total = sum(free[n].target * counts[n] for n in free) / sum(counts.values())
     if method == "owl":
-        return fixed | _owl(costs, counts, total)
+        groups: dict[float, dict[str, list[float]]] = {}
+        for name, rule in free.items():
+            groups.setdefault(rule.target, {})[name] = costs[name]
+        for target, group in groups.items():
+            fixed |= _owl(group, counts, target)
+        return fixed
+    total = sum(free[n].target * counts[n] for n in free) / sum(counts.values())
     return fixed | curve_ratios(costs, _SPARSITIES, counts, total)
+
+
+def _some(windows: Tensor) -> Tensor:
+    """By an even stride: windows of one file lie side by side."""
+    count = min(len(windows), max(1, _TOKENS // windows.shape[1]))
+    return windows[torch.arange(count) * len(windows) // count]
 
 
 def _free(rule: Rule) -> bool:
@@ -82,7 +93,7 @@ def _cost(problem: Problem, rule: Rule, method: str) -> list[float]:
 def _owl(
     costs: Mapping[str, list[float]], counts: Mapping[str, int], total: float
 ) -> dict[str, float]:
-    """One ratio for all matrices of a block, as in the paper."""
+    """One ratio for all of these matrices that are in one block, as in the paper."""
     blocks: dict[str, list[str]] = {}
     for name in costs:
         blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
