@@ -81,7 +81,7 @@ def test_every_architecture_heals(
     monkeypatch.setattr(training, "CONFIG", config)
     dense = write_model(tmp_path / "dense", weights(config), "bf16")
     before = write_model(tmp_path / "before", weights(config), "w3a8g64")
-    how = replace(SHORT, steps=8, rate=2e-3, bf16=bf16)
+    how = replace(SHORT, steps=16, rate=5e-3, bf16=bf16)
     assert heal(before, dense, tmp_path / "after", how).helped
 
 
@@ -343,6 +343,24 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path, dense: Path) -> None:
         heal(before, dense, tmp_path / "after")
     assert "delete" in str(caught.value.hint)
     assert not (tmp_path / "after").exists()
+
+
+def test_a_run_is_known_by_all_that_it_was_given(tmp_path: Path, dense: Path) -> None:
+    """But for the rate, which may be another one when it goes on."""
+    from lacewing.compress.heal import _identity
+
+    last = "model.layers.1.mlp.down_proj.weight"
+    found = weights()
+    other = write_model(tmp_path / "other", found | {last: found[last] + 0.5}, "bf16")
+    a, b = (write_model(tmp_path / f, weights(), f) for f in ("w4a8g32", "w4a8g32z"))
+
+    def known(x: Path = a, y: Path = dense, length: int = 16, **more: Any) -> str:
+        windows = tokens(64).view(-1, length)
+        return _identity(open_source(x), open_source(y), windows, replace(SHORT, **more))
+
+    assert known() == known(rate=1e-4)
+    cases = [known(x=b), known(y=other), known(length=32), known(seed=1)]
+    assert len({known(), *cases}) == 5
 
 
 def test_the_work_of_others_is_left_alone(tmp_path: Path, dense: Path) -> None:
