@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from lacewing.compress.decoder import STAGES, Decoder  # noqa: E402
+from tests.compress.stored import Model  # noqa: E402
 from tests.reference import Reference  # noqa: E402
 from tests.tiny import CONFIGS, VOCAB, tiny_spec, tiny_tokens, tiny_weights  # noqa: E402
-
-
-@dataclass
-class Stored:
-    """A tensor of a file: it may be read only, and is gone once it is released."""
-
-    values: np.ndarray
-
-    def dequantize(self):
-        self.read = self.values.copy()
-        return self.read
-
-    def release(self):
-        self.read[:] = np.nan
-
-
-class Model:
-    def __init__(self, name):
-        self.spec = tiny_spec(name)
-        self.tensors = {key: Stored(key, value) for key, value in tiny_weights(name).items()}
 
 
 def twin_logits(name, windows):

@@ -70,8 +70,6 @@ def heal(
     if minutes is not None and steps is not None:
         raise typer.BadParameter("give --minutes or --steps, not both")
     try:
-        import torch
-
         from lacewing.compress.heal import Healing
         from lacewing.compress.heal import heal as run
     except ImportError as error:
@@ -79,8 +77,6 @@ def heal(
             f"`lacewing heal` needs PyTorch: {error}", hint="pip install 'lacewing[torch]'"
         ) from error
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     healing = Healing(
         steps=steps,
         minutes=_MINUTES if steps is None and minutes is None else minutes,
@@ -100,6 +96,7 @@ def heal(
             data,
             healing,
             window=window,
+            threads=threads,
             force=force,
             progress=lambda share, text: advance(share, 1.0, text),
         )

@@ -42,6 +42,7 @@ from lacewing.compress.recipe import Calibration
 from lacewing.compress.rewrite import Packed, rewrite
 from lacewing.compress.student import Student
 from lacewing.compress.teacher import Teacher
+from lacewing.compress.threads import torch_threads
 from lacewing.errors import RecipeError
 
 __all__ = ["Healed", "Healing", "Progress", "heal", "heal_windows"]
@@ -130,18 +131,21 @@ def heal(
     healing: Healing,
     *,
     window: int = 512,
+    threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Healed:
     """`heal_windows` on all the text of the files `data` (`data.py` says which kinds), cut into
-    windows of `window` tokens. dense: any model file."""
+    windows of `window` tokens. dense: any model file. threads: of PyTorch; None leaves them."""
     student = open_source(compressed)
     if progress is not None:
         progress(0.0, "reading the text")
     found = _windows(student, data, window, healing.seed)
-    return heal_windows(
-        student, open_source(dense), Path(out), found, healing, force=force, progress=progress
-    )
+    teacher = open_source(dense)
+    with torch_threads(threads):
+        return heal_windows(
+            student, teacher, Path(out), found, healing, force=force, progress=progress
+        )
 
 
 def _windows(

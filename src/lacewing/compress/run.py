@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lacewing.compress.fingerprint import digest_of
 from lacewing.compress.module import ModuleSource
 from lacewing.compress.recipe import Calibration, Recipe, Rule
 from lacewing.compress.session import Change, LayerReport, Packed, Session
+from lacewing.compress.threads import torch_threads
 from lacewing.errors import RecipeError
 from lacewing.formats import PackedTensor, get_format
 from lacewing.models import DecoderSpec
@@ -103,7 +103,7 @@ def compress(
     asked = _fitted(_recipe(recipe), source, seed, tokens)
     plan = asked.plan(source.spec)
     check_target(target, MANIFEST, force)
-    with _threads(threads):
+    with torch_threads(threads):
         if dry_run:
             return estimate(source, plan, asked, machine)
         windows = _windows(data, source, asked)
@@ -165,19 +165,6 @@ def _windows(data: Files, source: Source, recipe: Recipe) -> Windows:
         return Windows(np.empty((0, recipe.calibration.window), np.int64), ())
     files = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     return read_windows(files, source.tokenizer, source.spec.vocab_size, recipe.calibration)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        if type(count) is not int or count < 1:
-            raise RecipeError(f"`threads` must be a whole number from 1 on, got {count!r}")
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # -- blocks, then the rest ------------------------------------------------------------------------
