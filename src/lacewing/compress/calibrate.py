@@ -117,7 +117,7 @@ class _Told:
         for index in range(decoder.spec.n_layers):
             for name in LAYERS:
                 tensor = f"model.layers.{index}.{name}.weight"
-                n, k = shapes[tensor]  # type: ignore[misc]
+                n, k = shapes[tensor]
                 work = layer_work(n, k, plan[tensor], tokens)
                 self._work[tensor.removesuffix(".weight")] = int(work)
         self._total = sum(self._work.values())

@@ -140,7 +140,7 @@ def _seconds(spec: DecoderSpec, plan: Mapping[str, Rule], recipe: Recipe, rate: 
     names = [name for name in plan if name.startswith("model.layers.")]
     work = overhead = 0.0
     for name in names:
-        n, k = shapes[name]  # type: ignore[misc]
+        n, k = shapes[name]
         work += layer_work(n, k, plan[name], tokens, dense)
         if plan[name].solver in JOINT:
             overhead += k * _COLUMN * (1 + plan[name].refine)
