@@ -81,7 +81,7 @@ def test_every_architecture_heals(
     monkeypatch.setattr(training, "CONFIG", config)
     dense = write_model(tmp_path / "dense", weights(config), "bf16")
     before = write_model(tmp_path / "before", weights(config), "w3a8g64")
-    how = replace(SHORT, steps=16, rate=5e-3, bf16=bf16)
+    how = replace(SHORT, steps=8, rate=2e-3, bf16=bf16)
     assert heal(before, dense, tmp_path / "after", how).helped
 
 
