@@ -84,7 +84,7 @@ def test_every_architecture_heals(
     how = replace(SHORT, steps=8, rate=2e-3, bf16=bf16)
     found = heal(before, dense, tmp_path / "after", how)
     assert found.steps_done == 8
-    # Norms of heads make a random model chaotic: 3 bits are 3.8 nats away, and no step is a small one.
+    # Norms of heads make a random model chaotic: 3 bits are 3.8 nats away, no step is small.
     assert found.helped or name == "qwen3"
 
 
