@@ -13,6 +13,7 @@ from lacewing.cli import screen
 from lacewing.cli.evaluate import (
     CONTEXT_HELP,
     WINDOW_HELP,
+    ItemsOption,
     figure,
     intervals,
     room_for,
@@ -36,12 +37,7 @@ def diff(
     text: Annotated[
         Path | None, typer.Option(help="Text file (UTF-8) to compare on.", show_default=False)
     ] = None,
-    items: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="JSONL file of multiple choice or LAMBADA items; repeat it.", show_default=False
-        ),
-    ] = None,
+    items: ItemsOption = None,
     prompts: Annotated[
         str | None,
         typer.Option(

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 WINDOW_HELP = "Tokens predicted from nothing. Default: 2048, or the model's context."
 CONTEXT_HELP = "Tokens read at once. Default: as the window needs, 4096 for items."
 LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
+ItemsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="JSONL file of multiple choice or LAMBADA items; repeat it.", show_default=False
+    ),
+]
 
 
 def evaluate(
@@ -29,12 +35,7 @@ def evaluate(
     perplexity: Annotated[
         Path | None, typer.Option(help="Text file (UTF-8) to predict.", show_default=False)
     ] = None,
-    items: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="JSONL file of multiple choice or LAMBADA items; repeat it.", show_default=False
-        ),
-    ] = None,
+    items: ItemsOption = None,
     reference: Annotated[
         str | None,
         typer.Option(

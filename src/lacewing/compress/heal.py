@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lacewing.checkpoint import Source, open_source
-from lacewing.checkpoint.files import fail, new_directory, parse_json, shown
+from lacewing.checkpoint.files import fail, new_directory
 from lacewing.checkpoint.interrupts import uninterrupted
 from lacewing.checkpoint.manifest import MANIFEST, PackedSource
 from lacewing.compress import savepoint
@@ -38,6 +38,7 @@ from lacewing.compress.data import Windows, read_windows
 from lacewing.compress.divergence import divergence
 from lacewing.compress.fingerprint import fingerprint
 from lacewing.compress.master import LowRank, Master, Trainer
+from lacewing.compress.pair import check_pair
 from lacewing.compress.recipe import Calibration
 from lacewing.compress.rewrite import Packed, rewrite
 from lacewing.compress.student import Student
@@ -185,7 +186,7 @@ def heal_windows(
     of it, divergence), CheckpointError (out exists or cannot be written, a damaged file).
     """
     out = Path(os.path.realpath(out))
-    _check_pair(compressed, dense)
+    check_pair(compressed, dense)
     assert isinstance(compressed, PackedSource)
     _check_windows(windows, compressed, healing)
     work = out.with_name(f"{out.name}.work")
@@ -460,45 +461,6 @@ def _shuffled(count: int, seed: int) -> Tensor:
 
 
 # -- what is checked before ---------------------------------------------------------------------
-
-
-def _check_pair(compressed: Source, dense: Source) -> None:
-    """Whether the two are one model, before and after compression."""
-    if not isinstance(compressed, PackedSource):
-        raise RecipeError(
-            f"{compressed.path}: healing needs a packed directory, got a {compressed.kind} model",
-            hint="compress it first: `lacewing compress`",
-        )
-    ours, theirs = compressed.spec.tensor_shapes(), dense.spec.tensor_shapes()
-    if ours != theirs:
-        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-        raise RecipeError(
-            f"{dense.path}: needs `{name}` of shape {_listed(ours.get(name))} as in"
-            f" {compressed.path}, got {_listed(theirs.get(name))}",
-            hint="name the model that was compressed as the dense one",
-        )
-    known = _vocabulary(dense)
-    for token, number in _vocabulary(compressed).items():
-        if known.get(token, number) != number:
-            raise RecipeError(
-                f"{dense.path}: needs the vocabulary of {compressed.path}, where {shown(token)!r}"
-                f" is {number}, got {known[token]}",
-                hint="name the model that was compressed as the dense one",
-            )
-
-
-def _listed(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else str(list(shape))
-
-
-def _vocabulary(source: Source) -> dict[str, int]:
-    """Tokens and their ids. Files of one model may differ in the tokens they add to it."""
-    document = parse_json(source.tokenizer.tokenizer_json, str(source.path))
-    model = document.get("model")
-    found = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(found, list):  # of pairs of a token and its score
-        return {str(pair[0]): number for number, pair in enumerate(found)}
-    return found if isinstance(found, dict) else {}
 
 
 def _check_windows(windows: Tensor, source: Source, healing: Healing) -> None:
