@@ -48,11 +48,12 @@ class Asymmetric(Dense):
         assert out.scales is not None
         assert out.mins is not None
         check_scale_range(self.name, np.abs(rows), 1, first_row)
-        r, k = rows.shape
-        q, scale, low = asymmetric_grid(_grouped_edge(rows), self.weight_bits)
-        out.q[:] = q.reshape(r, -1)[:, :k]
-        out.scales[:] = scale.reshape(r, -1)
-        out.mins[:] = low.reshape(r, -1)
+        r = len(rows)
+        for columns, groups, part in grouped(rows, self.group_size):
+            q, scale, low = asymmetric_grid(part, self.weight_bits)
+            out.q[:, columns] = q.reshape(r, -1)
+            out.scales[:, groups] = scale.reshape(r, -1)
+            out.mins[:, groups] = low.reshape(r, -1)
 
     def _scales_shape(self, n: int, k: int) -> tuple[int, ...]:
         return (strips(n), self.groups(k), 2, STRIP)
@@ -120,9 +121,3 @@ class W5z(Asymmetric):
         tiles |= from_nibbles(groups[..., BIT_BYTES:].reshape(count, -1, STRIP, 4))
         out.q[:] = from_tiles(tiles, *out.shape)
         self._unpack_scales(parts["scales"], out)
-
-
-def _grouped_edge(rows: F32) -> F32:
-    """`grouped`, but a short last group repeats its last weight: a zero would widen its range."""
-    short = -rows.shape[1] % Asymmetric.group_size
-    return grouped(np.pad(rows, ((0, 0), (0, short)), mode="edge"), Asymmetric.group_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,16 @@ CODES_AND_SCALES: Mapping[str, np.dtype[Any]] = {
 }
 
 
-def grouped(rows: F32, group: int) -> F32:
-    """`rows` `[r, k]` as `[r * groups, group]`, zeros past the last input of a row."""
-    short = -rows.shape[1] % group
-    if short:
-        rows = np.pad(rows, ((0, 0), (0, short)))
-    return rows.reshape(-1, group)
+def grouped(rows: F32, group: int) -> Iterator[tuple[slice, slice, F32]]:
+    """The groups of `rows` `[r, k]`: the columns and groups of a row that a part covers, and its
+    groups as `[r * count, size]`. A short last group comes on its own: what would fill it up must
+    not weigh in its scale."""
+    k = rows.shape[1]
+    whole = k // group
+    for begin, end, count in ((0, whole * group, whole), (whole * group, k, 1)):
+        if begin < end:
+            part = rows[:, begin:end].reshape(len(rows) * count, -1)
+            yield slice(begin, end), slice(begin // group, begin // group + count), part
 
 
 class Dense(Format):
@@ -90,10 +94,10 @@ class Symmetric(Format):
         assert out.scales is not None
         check_scale_range(self.name, np.abs(rows), (1 << (self.weight_bits - 1)) - 1, first_row)
         r, k = rows.shape
-        groups = grouped(rows, self.group(k))
-        q, scale = symmetric_grid(groups, self.weight_bits, odd=self.code_step == 2)
-        out.q[:] = q.reshape(r, -1)[:, :k]
-        out.scales[:] = scale.reshape(r, -1)
+        for columns, groups, part in grouped(rows, self.group(k)):
+            q, scale = symmetric_grid(part, self.weight_bits, odd=self.code_step == 2)
+            out.q[:, columns] = q.reshape(r, -1)
+            out.scales[:, groups] = scale.reshape(r, -1)
 
 
 class DenseSymmetric(Symmetric, Dense):
