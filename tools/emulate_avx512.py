@@ -78,7 +78,10 @@ def objects(build: Path, names: list[str]) -> list[str]:
 
 
 def kernels(build: Path) -> list[str]:
-    return objects(build, [f"isa/{isa}.cpp" for isa in ("scalar", "avx2", "avx512")])
+    return objects(
+        build,
+        [f"isa/{isa}{part}.cpp" for isa in ("scalar", "avx2", "avx512") for part in ("", "_kv")],
+    )
 
 
 def tiles(build: Path) -> list[str]:

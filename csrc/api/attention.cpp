@@ -54,7 +54,7 @@ struct TestCache {
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t from = (t * heads + h) * d;
         uint8_t* block = head(h) + blocks.data()[t / kBlock] * block_bytes;
-        table.kv[kv].store(k.data() + from, v.data() + from, block, t % kBlock, d);
+        table.kv->formats[kv].store(k.data() + from, v.data() + from, block, t % kBlock, d);
       }
   }
 
@@ -115,9 +115,9 @@ nb::object attention(const Cube& q, const Cube& k, const Cube& v,
                           heads * d,
                           scratch.data()};
     if (parts)
-      attend_in_parts(table.kv[format], a, extent(k, 0));
+      attend_in_parts(table.kv->formats[format], a, extent(k, 0));
     else
-      table.kv[format].attention(a);
+      table.kv->formats[format].attention(a);
   }
   return nb::cast(y.numpy(rows, heads, d));
 }
@@ -141,7 +141,7 @@ struct Timed {
         rows(rows_),
         blocks((tokens_ + kBlock - 1) / kBlock),
         block_bytes(kKvInfo[kv].block_bytes(head_dim_)),
-        kernels(table.kv[kv]) {
+        kernels(table.kv->formats[kv]) {
     cache = Memory(static_cast<size_t>(layers * kv_heads * head_bytes()));
     q.resize(static_cast<size_t>(rows * kv_heads * group * head_dim));
     out.resize(q.size());

@@ -59,6 +59,12 @@ struct KvKernels {
   void (*merge_segments)(const AttentionArgs&, float* partials);
 };
 
+// What an ISA does with the KV cache; a translation unit of its own, since it shares no loop with
+// the linear layers.
+struct KvTable {
+  KvKernels formats[kKvFormatCount];
+};
+
 // Up to how many rows a product takes one way rather than the next; set at run time, atomically.
 struct Switch {
   int* rows;             // 0..most
@@ -95,7 +101,7 @@ struct KernelTable {
   void (*act_mul)(Activation act, const float* gate, const float* up, int64_t n, float* y);
   // Rotates the halves of one head in place: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
   void (*rope)(float* x, const float* cos, const float* sin, int64_t head_dim);
-  KvKernels kv[kKvFormatCount];
+  const KvTable* kv;
   // Reads `bytes` bytes and returns a checksum (bandwidth measurement).
   uint64_t (*read_stream)(const uint8_t* p, size_t bytes);
   // `turns` turns of nothing but the products that integer formats and float formats are made of,
@@ -125,6 +131,9 @@ struct FormatInfo {
 extern const FormatInfo kFormatInfo[kFormatCount];
 
 // Tables of the ISAs compiled in; dispatch.cpp decides which of them this CPU runs.
+extern const KvTable kScalarKvTable;
+extern const KvTable kAvx2KvTable;
+extern const KvTable kAvx512KvTable;
 extern const KernelTable kScalarTable;
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;

@@ -47,7 +47,7 @@ Model::Model(Weights weights, int64_t kv_blocks, int kv, const KernelTable& tabl
     : weights_(std::move(weights)),
       kv_blocks_(kv_blocks),
       table_(table),
-      kv_(table.kv[kv]),
+      kv_(table.kv->formats[kv]),
       kv_block_bytes_(kKvInfo[kv].block_bytes(weights_.spec.head_dim)),
       thread_(static_cast<size_t>(Pool::instance().resolve(threads))) {
   const Spec& s = weights_.spec;

@@ -5,6 +5,6 @@
 
 namespace lacewing {
 
-constinit const KernelTable kAvx2Table = make_table<Avx2>();
+constinit const KernelTable kAvx2Table = make_table<Avx2, kAvx2KvTable>();
 
 }  // namespace lacewing

@@ -5,6 +5,6 @@
 
 namespace lacewing {
 
-constinit const KernelTable kAvx512Table = make_table<Avx512>();
+constinit const KernelTable kAvx512Table = make_table<Avx512, kAvx512KvTable>();
 
 }  // namespace lacewing

@@ -12,7 +12,6 @@
 #include "formats/nm.h"
 #include "formats/sparse.h"
 #include "ops/activation.h"
-#include "ops/attention.h"
 #include "ops/convert.h"
 #include "ops/elementwise.h"
 #include "ops/math.h"
@@ -25,7 +24,7 @@
 namespace lacewing {
 namespace {
 
-template <class S>
+template <class S, const KvTable& Kv>
 constexpr KernelTable make_table() {
   return {
       S::kName,
@@ -45,12 +44,7 @@ constexpr KernelTable make_table() {
       narrow<S>,
       act_mul<S>,
       rope<S>,
-      {
-#define LACEWING_KV_KERNELS(name, Kv) \
-  {Kv::store<S>, attention<S, Kv>, attend_segments<S, Kv>, merge_segments<S, Kv>},
-          LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
-#undef LACEWING_KV_KERNELS
-      },
+      &Kv,
       read_stream<S>,
       spin_int8<S>,
       spin_float<S>,

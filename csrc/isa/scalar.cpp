@@ -5,6 +5,6 @@
 
 namespace lacewing {
 
-constinit const KernelTable kScalarTable = make_table<Scalar>();
+constinit const KernelTable kScalarTable = make_table<Scalar, kScalarKvTable>();
 
 }  // namespace lacewing

@@ -459,7 +459,7 @@ void test_rope(const KernelTable* const* tables, int count, int64_t head_dim) {
     for (int64_t lane : {0, 7, 15})
       each(tables, count, "store", {nullptr, nullptr, kKvInfo[kv].name, {head_dim, lane}},
            kKvInfo[kv].block_bytes(head_dim) / 4, [&](const KernelTable& t, float* y) {
-             t.kv[kv].store(x, x, reinterpret_cast<uint8_t*>(y), lane, head_dim);
+             t.kv->formats[kv].store(x, x, reinterpret_cast<uint8_t*>(y), lane, head_dim);
            });
 }
 
@@ -488,7 +488,7 @@ void test_attention(const KernelTable* const* tables, int count, const Attention
     const Case c{
         nullptr, nullptr, kKvInfo[kv].name, {p.head_dim, p.group_heads, p.rows, p.last, p.window}};
     each(tables, count, "attention", c, p.rows * (stride + 3), [&](const KernelTable& t, float* y) {
-      t.kv[kv].attention({q, stride, cache, table, p.head_dim, p.group_heads, p.rows, p.last,
+      t.kv->formats[kv].attention({q, stride, cache, table, p.head_dim, p.group_heads, p.rows, p.last,
                           p.window, 0.125f, y, stride + 3, scratch});
     });
   }

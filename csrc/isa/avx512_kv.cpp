@@ -1,0 +1,10 @@
+// The Avx512 table of the KV cache. See kv_joint.h.
+#include "simd/avx512.h"
+
+#include "isa/kv_joint.h"
+
+namespace lacewing {
+
+constinit const KvTable kAvx512KvTable = make_kv_table<Avx512>();
+
+}  // namespace lacewing

@@ -1,0 +1,21 @@
+// What an ISA does with the KV cache, instantiated for the vocabulary S. See joint.h.
+#pragma once
+
+#include "core/kernels.h"
+#include "ops/attention.h"
+
+namespace lacewing {
+namespace {
+
+template <class S>
+constexpr KvTable make_kv_table() {
+  return {{
+#define LACEWING_KV_KERNELS(name, Kv) \
+  {Kv::store<S>, attention<S, Kv>, attend_segments<S, Kv>, merge_segments<S, Kv>},
+      LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
+#undef LACEWING_KV_KERNELS
+  }};
+}
+
+}  // namespace
+}  // namespace lacewing
