@@ -27,7 +27,7 @@ inline constexpr size_t kLinearScratch = 2 * 1024 * 1024;
 
 // Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for
 // the query heads of one KV head. Token i attends the positions first_i..last_i (inclusive), where
-// last_i = last + i, first_i = window > 0 ? max(0, last_i - window + 1) : 0.
+// last_i = last + i (last if not causal), first_i = window > 0 ? max(0, last_i - window + 1) : 0.
 struct AttentionArgs {
   const float* q;  // token i, head j (0..group_heads): q + i * q_stride + j * head_dim, rotated
   int64_t q_stride;
@@ -39,6 +39,8 @@ struct AttentionArgs {
   float* out;  // as q, with out_stride
   int64_t out_stride;
   void* scratch;  // kAttentionScratch bytes, 64-byte aligned, private to the calling thread
+  bool causal = true;
+  float* earlier = nullptr;  // what `attend_partial` gave for the same queries over other tokens
 };
 inline constexpr size_t kAttentionScratch = 1024 * 1024;
 inline constexpr int64_t kSegment = 512;  // tokens of one independent partial result
@@ -48,15 +50,24 @@ inline constexpr int64_t kMaxSplitQueries = 16;
 inline constexpr int64_t partial_floats(int64_t head_dim) {
   return 4 * 16 + 2 * kMaxSplitQueries * (16 + (head_dim + 15) / 16 * 16);
 }
+// Floats of the partial results of `queries` queries that are not cut into segments.
+inline constexpr int64_t whole_partial_floats(int64_t queries, int64_t head_dim) {
+  return (queries + 24) * (16 + 16 + (head_dim + 15) / 16 * 16);
+}
 
 struct KvKernels {
   // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
   void (*store)(const float* k, const float* v, uint8_t* block, int64_t lane, int64_t head_dim);
   void (*attention)(const AttentionArgs&);
+  // `attention` up to its partial results, for `earlier` of a call over the rest of the tokens:
+  // whole_partial_floats(rows * group_heads, head_dim).
+  void (*attend_partial)(const AttentionArgs&, float* partial);
   // `attention` in parts, for several threads: the segments [first, stop) of the sequence's tokens
   // into partials + segment * partial_floats(head_dim); when all are there, their sum.
   void (*attend_segments)(const AttentionArgs&, int64_t first, int64_t stop, float* partials);
   void (*merge_segments)(const AttentionArgs&, float* partials);
+  // As `merge_segments`, but what they make together becomes the first, an `earlier`.
+  void (*join_segments)(const AttentionArgs&, float* partials);
 };
 
 // What an ISA does with the KV cache; a translation unit of its own, since it shares no loop with

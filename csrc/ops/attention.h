@@ -101,18 +101,16 @@ class Tile {
     wide_ = reinterpret_cast<uint8_t*>(total_.value + slots_ * pitch_);
   }
 
-  void attend() {
-    load_queries();
-    for (int64_t begin = first_; begin < stop_;) {
-      const int64_t end = segment_end(begin);
-      // Merging into nothing changes no bit: the first segment can start the total.
-      const Partial& part = begin == first_ ? total_ : segment_;
-      attend_segment(part, begin, end);
-      if (begin != first_) merge(total_, part);
-      begin = end;
-    }
+  void attend(float* earlier) {
+    gather(total_);
+    if (earlier) merge(total_, place(earlier));
     store_outputs(total_);
   }
+
+  void attend_partial(float* partial) { gather(place(partial)); }
+
+  // Floats of the tile's partial results.
+  int64_t partial_size() const { return batches_ * 16 + slots_ * (16 + pitch_); }
 
   // Segments [first, stop) of the sequence into their places in `partials`.
   void attend_part(int64_t first, int64_t stop, float* partials) {
@@ -125,10 +123,14 @@ class Tile {
   }
 
   void merge_parts(float* partials) {
+    join_parts(partials);
+    store_outputs(partial(partials, first_ / kSegment));
+  }
+
+  void join_parts(float* partials) {
     const int64_t first = first_ / kSegment, stop = (stop_ + kSegment - 1) / kSegment;
     const Partial total = partial(partials, first);
     for (int64_t i = first + 1; i < stop; ++i) merge(total, partial(partials, i));
-    store_outputs(total);
   }
 
  private:
@@ -161,7 +163,8 @@ class Tile {
       Batch& batch = s_.batches[batches_++];
       batch = {static_cast<int>(q), batch_size<S>(queries_ - q, direct_), INT64_MAX, 0};
       for (int i = 0; i < batch.size; ++i) {
-        const int64_t last = a_.last + row_of(q + i), first = last - a_.window + 1;
+        const int64_t last = a_.last + (a_.causal ? row_of(q + i) : 0);
+        const int64_t first = last - a_.window + 1;
         s_.last[q + i] = last;
         s_.first[q + i] = a_.window > 0 && first > 0 ? first : 0;
         if (s_.first[q + i] < batch.first) batch.first = s_.first[q + i];
@@ -206,6 +209,19 @@ class Tile {
     for (int b = 0; b < batches_; ++b) S::store(part.max + 16 * b, S::set1(kNoScore));
     for (int64_t i = 0; i < slots_ * 16; i += 16) S::store(part.weight + i, S::zero());
     for (int64_t i = 0; i < slots_ * pitch_; i += 16) S::store(part.value + i, S::zero());
+  }
+
+  // Everything the tile's queries attend.
+  void gather(const Partial& total) {
+    load_queries();
+    for (int64_t begin = first_; begin < stop_;) {
+      const int64_t end = segment_end(begin);
+      // Merging into nothing changes no bit: the first segment can start the total.
+      const Partial& part = begin == first_ ? total : segment_;
+      attend_segment(part, begin, end);
+      if (begin != first_) merge(total, part);
+      begin = end;
+    }
   }
 
   // The tokens [begin, end) of one segment.
@@ -354,11 +370,28 @@ class Tile {
   uint8_t* wide_;
 };
 
+// Calls f with every tile of the rows, and where its partial results begin.
+template <class S, class Kv, class F>
+void for_tiles(const AttentionArgs& a, F f) {
+  const int64_t queries = a.rows * a.group_heads, limit = Tile<S, Kv>::limit(a.head_dim);
+  int64_t partial = 0;
+  for (int64_t u = 0; u < queries; u += limit) {
+    Tile<S, Kv> tile(a, u, queries - u < limit ? queries - u : limit);
+    f(tile, partial);
+    partial += tile.partial_size();
+  }
+}
+
 template <class S, class Kv>
 void attention(const AttentionArgs& a) {
-  const int64_t queries = a.rows * a.group_heads, limit = Tile<S, Kv>::limit(a.head_dim);
-  for (int64_t u = 0; u < queries; u += limit)
-    Tile<S, Kv>(a, u, queries - u < limit ? queries - u : limit).attend();
+  for_tiles<S, Kv>(a, [&](Tile<S, Kv>& tile, int64_t partial) {
+    tile.attend(a.earlier ? a.earlier + partial : nullptr);
+  });
+}
+
+template <class S, class Kv>
+void attend_partial(const AttentionArgs& a, float* partial) {
+  for_tiles<S, Kv>(a, [&](Tile<S, Kv>& tile, int64_t at) { tile.attend_partial(partial + at); });
 }
 
 template <class S, class Kv>
@@ -369,6 +402,11 @@ void attend_segments(const AttentionArgs& a, int64_t first, int64_t stop, float*
 template <class S, class Kv>
 void merge_segments(const AttentionArgs& a, float* partials) {
   Tile<S, Kv>(a, 0, a.rows * a.group_heads).merge_parts(partials);
+}
+
+template <class S, class Kv>
+void join_segments(const AttentionArgs& a, float* partials) {
+  Tile<S, Kv>(a, 0, a.rows * a.group_heads).join_parts(partials);
 }
 
 }  // namespace
