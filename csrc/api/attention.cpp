@@ -242,6 +242,10 @@ void register_attention(nb::module_& m) {
   nb::list names;
   for (const KvInfo& info : kKvInfo) names.append(info.name);
   m.attr("KV_FORMATS") = nb::tuple(names);
+  nb::dict sealed;
+  for (const KvInfo& info : kKvInfo)
+    if (info.sealed_from >= 0) sealed[info.name] = kKvInfo[info.sealed_from].name;
+  m.attr("KV_SEALED_FROM") = sealed;
   m.def("kv_block_bytes", &kv_block_bytes, nb::arg("kv"), nb::arg("head_dim"),
         "Bytes of the keys and values of 16 tokens and one head.");
   m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("block_table"),

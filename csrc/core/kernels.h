@@ -57,7 +57,10 @@ inline constexpr int64_t whole_partial_floats(int64_t queries, int64_t head_dim)
 
 struct KvKernels {
   // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
+  // Null for formats whose blocks are sealed.
   void (*store)(const float* k, const float* v, uint8_t* block, int64_t lane, int64_t head_dim);
+  // Makes a block of a full one of the format `sealed_from`; null for the others.
+  void (*seal)(const uint8_t* growing, uint8_t* block, int64_t head_dim);
   void (*attention)(const AttentionArgs&);
   // `attention` up to its partial results, for `earlier` of a call over the rest of the tokens:
   // whole_partial_floats(rows * group_heads, head_dim).
@@ -70,10 +73,32 @@ struct KvKernels {
   void (*join_segments)(const AttentionArgs&, float* partials);
 };
 
+// Which blocks the query heads of one KV head read for one row, by the labels of the keys.
+struct SelectArgs {
+  const float* q;  // head j: q + j * head_dim, rotated
+  int64_t head_dim, group_heads;
+  float scale;
+  const uint8_t* labels;       // of one layer and KV head: [block][label_bytes(channels_count)]
+  const int32_t* label_table;  // physical block of every kLabelTokens positions
+  const int32_t* channels;     // [channels_count]
+  const float* channel_scales;
+  int64_t channels_count;
+  int64_t last;                   // position of the row
+  int64_t sinks, recent, budget;  // blocks: first and last ones that are in, all that are chosen
+  int32_t* chosen;                // [min(budget, blocks)], ascending
+  void* scratch;                  // select_scratch(blocks, group_heads) bytes
+};
+inline constexpr size_t select_scratch(int64_t blocks, int64_t group_heads) {
+  return static_cast<size_t>((blocks + 32) * (group_heads + 2)) * sizeof(float);
+}
+
 // What an ISA does with the KV cache; a translation unit of its own, since it shares no loop with
 // the linear layers.
 struct KvTable {
   KvKernels formats[kKvFormatCount];
+  void (*store_label)(const float* k, const int32_t* channels, const float* scales, int64_t count,
+                      uint8_t* block, int64_t token);
+  int64_t (*select)(const SelectArgs&);
 };
 
 // Up to how many rows a product takes one way rather than the next; set at run time, atomically.

@@ -18,10 +18,15 @@ inline constexpr int kKvFormatCount = 0 LACEWING_KV_FORMATS(LACEWING_COUNT);
 
 inline constexpr int64_t kBlock = 16;  // tokens of one KV cache block
 
+inline constexpr int64_t kLabelTokens = 256;  // of one block of labels
+inline constexpr int64_t label_bytes(int64_t channels) { return kLabelTokens * channels; }
+
 struct KvInfo {
   const char* name;
   // Bytes of the keys and values of one block and one head; a multiple of 64.
   int64_t (*block_bytes)(int64_t head_dim);
+  // The format whose full blocks are sealed into this one's; -1: tokens are stored one by one.
+  int sealed_from;
 };
 
 extern const KvInfo kKvInfo[kKvFormatCount];

@@ -10,12 +10,16 @@ namespace {
 template <class S>
 constexpr KvTable make_kv_table() {
   return {{
-#define LACEWING_KV_KERNELS(name, Kv) \
-  {Kv::store<S>,           attention<S, Kv>,      attend_partial<S, Kv>, \
-   attend_segments<S, Kv>, merge_segments<S, Kv>, join_segments<S, Kv>},
-      LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
+#define LACEWING_KV_KERNELS(name, Kv)             \
+  {Kv::store<S>,           nullptr,               \
+   attention<S, Kv>,       attend_partial<S, Kv>, \
+   attend_segments<S, Kv>, merge_segments<S, Kv>, \
+   join_segments<S, Kv>},
+              LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
 #undef LACEWING_KV_KERNELS
-  }};
+          },
+          nullptr,
+          nullptr};
 }
 
 }  // namespace
