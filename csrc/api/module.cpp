@@ -7,6 +7,7 @@ NB_MODULE(_C, m) {
   lacewing::register_attention(m);
   lacewing::register_linear(m);
   lacewing::register_model(m);
+  lacewing::register_select(m);
   lacewing::register_system(m);
   lacewing::register_torch(m);
 }

@@ -3,6 +3,8 @@
 
 #include "core/kernels.h"
 #include "ops/attention.h"
+#include "ops/merge.h"
+#include "ops/select.h"
 
 namespace lacewing {
 namespace {
@@ -11,15 +13,16 @@ template <class S>
 constexpr KvTable make_kv_table() {
   return {{
 #define LACEWING_KV_KERNELS(name, Kv)             \
-  {Kv::store<S>,           nullptr,               \
-   attention<S, Kv>,       attend_partial<S, Kv>, \
-   attend_segments<S, Kv>, merge_segments<S, Kv>, \
-   join_segments<S, Kv>},
+  {Kv::store<S>,          nullptr,                \
+   Kv::load<S>,           attention<S, Kv>,       \
+   attend_partial<S, Kv>, attend_segments<S, Kv>, \
+   merge_segments<S, Kv>, join_segments<S, Kv>,   \
+   merge<S, Kv>},
               LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
 #undef LACEWING_KV_KERNELS
           },
-          nullptr,
-          nullptr};
+          Labels::store<S>,
+          select_blocks<S>};
 }
 
 }  // namespace
