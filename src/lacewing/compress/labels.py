@@ -18,14 +18,17 @@ from lacewing.compress.decoder import Block, Decoder
 from lacewing.compress.path import tokens_at_once
 from lacewing.errors import RecipeError
 
-__all__ = ["channel_scores", "find_labels"]
+__all__ = ["Progress", "channel_scores", "check_finite", "find_labels"]
+
+Progress = Callable[[str, float], None]
+"""Called with what was done, and how much work it was: in windows sent through a block."""
 
 _CODES = 127
 """The largest code of a label."""
 
 
 def find_labels(
-    decoder: Decoder, windows: Tensor, r: int, progress: Callable[[str], None]
+    decoder: Decoder, windows: Tensor, r: int, progress: Progress
 ) -> Labels:
     """The r channels of every head, ascending, and their scales: max |k[c]| / 127.
 
@@ -35,12 +38,12 @@ def find_labels(
     channels, scales = [], []
     x = decoder.embed(windows, decoder.embedding())
     for index in range(decoder.spec.n_layers):
-        block = decoder.block(index)
-        score, largest = _measure(block, x)
+        with torch.no_grad():
+            score, largest = _measure(decoder.block(index), x)
         chosen = score.topk(r).indices.sort().values
         channels.append(chosen)
         scales.append(largest.gather(1, chosen) / _CODES)
-        progress(f"labels of layer {index}")
+        progress(f"labels of layer {index}", len(windows))
     found = np.ascontiguousarray(torch.stack(channels).numpy(), np.int32)
     # A channel that was zero on all of the text has labels of zero under any scale.
     tiny = torch.finfo(torch.float32).tiny
