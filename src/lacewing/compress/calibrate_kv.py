@@ -50,13 +50,15 @@ _LEAST = 256
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """path: of the plan. loss: of all its spans, added up, as if they did not depend on each other;
-    nats per token, 0 without a budget. share: of the dense cache of `window` tokens that is kept,
-    in layers without a window of their own; 1 without a budget."""
+    """path: of the plan. window: tokens of calibration. windows: the layers' own, 0 for none. loss:
+    of all spans, added up as if they did not depend on each other; nats per token, 0 without a
+    budget. share: of the dense cache of `window` tokens that is kept, in layers without a window of
+    their own; 1 without a budget."""
 
     path: Path
     plan: KvPlan
     window: int
+    windows: tuple[int, ...]
     loss: float
     share: float
     seconds: float
@@ -107,7 +109,8 @@ def calibrate_kv(
     plan.check(spec)
     plan.save(place, force)
     share = plan.bytes_share(asked.window, spec)
-    return Found(place, plan, asked.window, loss, share, time.perf_counter() - start)
+    own = tuple(layer.window for layer in spec.layers)
+    return Found(place, plan, asked.window, own, loss, share, time.perf_counter() - start)
 
 
 class _Told:

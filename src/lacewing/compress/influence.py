@@ -18,6 +18,7 @@ Memory: one block, and the stream before every block: layers * window * hidden_s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def span_losses(
     generator = torch.Generator().manual_seed(seed)
     for number, ids in enumerate(windows):
         told = f"window {number + 1} of {len(windows)}"
-        stream = _stream(decoder, ids[None], lambda: progress(f"{told}, forward", 1))
+        stream = _stream(decoder, ids[None], partial(progress, f"{told}, forward", 1))
         gradient = _head_gradient(decoder, stream.pop(), generator)
         for index in reversed(range(spec.n_layers)):
             gradient, found = _block_losses(decoder, index, stream.pop(), gradient, lengths)

@@ -27,9 +27,7 @@ _CODES = 127
 """The largest code of a label."""
 
 
-def find_labels(
-    decoder: Decoder, windows: Tensor, r: int, progress: Progress
-) -> Labels:
+def find_labels(decoder: Decoder, windows: Tensor, r: int, progress: Progress) -> Labels:
     """The r channels of every head, ascending, and their scales: max |k[c]| / 127.
 
     windows: token ids, int64 `[windows, tokens]`. Raises RecipeError, naming the layer, for keys or
