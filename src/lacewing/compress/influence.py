@@ -87,6 +87,7 @@ def _head_gradient(decoder: Decoder, x: Tensor, generator: torch.Generator) -> T
     head = Head(weight, decoder.spec.logit_softcap)
     x.requires_grad_(True)
     hidden = rms_norm(x, norm, decoder.spec.norm_eps)
+    check_finite("model.norm", hidden)
     slope = torch.empty_like(hidden)
     rows = max(1, _LOGITS // len(weight))
     with torch.no_grad():
@@ -106,12 +107,11 @@ def _block_losses(
     block = decoder.block(index).requires_grad_(False)
     x.requires_grad_(True)
     q, k, v = block.project(block.attention_input(x))
-    check_finite(block, q, k, v)
     a = block.mix(q, k, v)
     y = block.add_attention(x, a)
     y = block.add_mlp(y, block.gate(block.mlp_input(y)))
     before, slope = torch.autograd.grad(y, (x, a), gradient)
-    check_finite(block, before, slope)
+    check_finite(f"model.layers.{index}", before, slope)
     losses = np.zeros((k.shape[1], len(lengths)))
     if decoder.spec.layers[index].window == 0:
         with torch.no_grad():

@@ -54,7 +54,7 @@ def _measure(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     for part in tokens_at_once(*x.shape[:2]):
         h = block.attention_input(x[part])
         q, k, v = block.project(h)
-        check_finite(block, q, k, v)
+        check_finite(f"model.layers.{block.index}.self_attn", q, k, v)
         scores.append(channel_scores(q, k) * len(k))
         largest.append(k.abs().amax((0, 2)))
         y = block.add_attention(x[part], block.mix(q, k, v))
@@ -69,11 +69,10 @@ def channel_scores(q: Tensor, k: Tensor) -> Tensor:
     return (grouped * k[:, :, None]).abs().mean((0, 2, 3))
 
 
-def check_finite(block: Block, *tensors: Tensor) -> None:
-    """Raises RecipeError unless all that this block's attention has made is finite."""
+def check_finite(where: str, *tensors: Tensor) -> None:
+    """Raises RecipeError, naming the part of the model, unless all that it gave is finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise RecipeError(
-            f"`model.layers.{block.index}.self_attn`: needs finite queries, keys and values, got"
-            " NaN or infinity",
+            f"`{where}`: needs finite activations, got NaN or infinity",
             hint="the model overflows on the calibration text: is it damaged?",
         )
