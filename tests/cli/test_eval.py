@@ -159,7 +159,7 @@ def test_a_model_against_its_own_rounding(call: Call, tiny_hub: Path, text: Path
 def test_nothing_to_do(call: Call, tiny_gguf: Path, text: Path) -> None:
     status, out, err = call("eval", tiny_gguf)
     assert (status, out) == (2, "")
-    assert "missing option: --perplexity FILE or --items FILE" in err
+    assert "missing option: --perplexity, --items or --needles FILE" in err
     items = write(text.with_name("a.jsonl"), CHOICES)
     status, _, err = call("eval", tiny_gguf, "--items", items, "--reference", tiny_gguf)
     assert status == 1
