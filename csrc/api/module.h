@@ -15,6 +15,7 @@ namespace nb = nanobind;
 namespace lacewing {
 
 void register_attention(nb::module_& m);
+void register_cache(nb::module_& m);
 void register_linear(nb::module_& m);
 void register_model(nb::module_& m);
 void register_select(nb::module_& m);
