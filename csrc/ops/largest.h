@@ -20,8 +20,9 @@ struct Threshold {
   int64_t equal;
 };
 inline Threshold threshold_of(const float* value, int64_t n, int64_t rank, float* spare) {
+  constexpr int kShifts[] = {23, 15, 7, 0};  // digits of 8 bits, the last of 7: there is no sign
   uint32_t bits = 0;
-  for (int shift : {23, 15, 7, 0}) {  // 8 bits, but 7 the last time (no sign)
+  for (int shift : kShifts) {
     int32_t count[256] = {};
     const uint32_t mask = shift ? 255 : 127;
     for (int64_t i = 0; i < n; ++i) ++count[bits_of(value[i]) >> shift & mask];
