@@ -19,7 +19,7 @@ from lacewing.engine.runner import build_model
 from lacewing.formats import pack
 from lacewing.models import DecoderSpec
 from tests.isas import USABLE, exact_isa
-from tests.reference import Reference
+from tests.reference import Reference, dequantized
 from tests.tiny import tiny_spec, tiny_tokens, tiny_weights
 
 Array = np.ndarray[Any, Any]
@@ -208,10 +208,7 @@ def test_heads_read_their_spans(name: str) -> None:
     feeder = Feeder(name, "f32+plan:x", plan)
     feeder.model = build_model(spec, tensors, CONTEXT, layout, stores, None, 2)
     found = feeder.feed(tokens, [120])
-    exact = {
-        k: v.dequantize().astype(np.float64) if weights[k].ndim == 2 else v.astype(np.float64)
-        for k, v in tensors.items()
-    }
+    exact = {k: v.astype(np.float64) for k, v in dequantized(tensors).items()}
     masked = Masked(spec, exact, dtype=np.float64)
     masked.plan = plan
     want = masked.logits(tokens)
