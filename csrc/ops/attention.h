@@ -4,7 +4,7 @@
 // Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
 // cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
-// f32 in L2. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
+// f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
 // computed for one query depends on its own tokens only, never on its neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
@@ -12,6 +12,8 @@
 //     (the cache holds finite values only); sums that may differ in the sign of a zero are
 //     normalized by adding +0 at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "ops/attention_codes.h"
 #include "ops/attention_kernels.h"
@@ -232,10 +234,11 @@ class Tile {
       const Span span = span_of(begin, next < end ? next : end);
       if (direct_)
         attend_span<true, Kv>(part, span);
-      else if constexpr (Kv::kInteger)
+      else if constexpr (std::is_void_v<typename Kv::Expanded>)
         attend_span<false, Kv>(part, span);
       else
-        attend_span<false, F32Kv>(part, expand_span<S, Kv>(span, a_.head_dim, wide_));
+        attend_span<false, typename Kv::Expanded>(
+            part, expand_span<S, Kv>(span, a_.head_dim, wide_));
       begin = span.end;
     }
   }

@@ -5,6 +5,7 @@
 
 #include "core/kernels.h"
 #include "formats/kv.h"
+#include "formats/kv_sparse.h"
 #include "ops/elementwise.h"
 #include "ops/limits.h"
 #include "ops/math.h"
@@ -50,20 +51,25 @@ struct Weights {
   const float* rescale;  // [N]: what the sums over older tokens are multiplied by
 };
 
-// Where values prefetch: every pass over the columns takes its part of what the scores have left.
+// What a pass over the columns of the values prefetches beside block b: its part of what the scores
+// have left.
 struct Ahead {
   const uint8_t* const* next;
-  int64_t pass, passes, share;
+  int64_t pass, passes, lines;  // of a block
+  int64_t share;                // lines
 
   Ahead(const Span& span, int64_t column, int64_t columns, int64_t pitch, int64_t block_bytes)
       : next(span.next + kScorePairs),
         pass(column / columns),
         passes(2 * (pitch / columns)),
-        share(block_bytes / passes / 64 * 64) {}
+        lines(block_bytes / 64),
+        share((lines + passes - 1) / passes) {}
 
-  const uint8_t* from(int b) const {
+  template <class S>
+  LW_INLINE void prefetch(int b) const {
     const int64_t part = pass * kSpanBlocks + b;
-    return next[part / passes] + part % passes * share;
+    const uint8_t* from = next[part / passes] + part % passes * share * 64;
+    for (int64_t i = 0; i < share; ++i) S::prefetch_t1(from + 64 * i);
   }
 };
 
@@ -115,19 +121,22 @@ inline void score_codes(const Queries& queries, const Span& span, int b, int64_t
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q) sums[i][q] = Dot::init(queries.sums[q]);
   const int8_t* x = queries.codes;
-  const int64_t keys = Kv::keys_at(head_dim), steps = pad_to(head_dim, 4) / 4;
-  const uint8_t* ahead = span.next[b / 2];
+  const int64_t steps = pad_to(head_dim, 4) / 4;
+  if constexpr (Prefetch)
+    if (b % 2 == 0) {
+      const uint8_t* ahead = span.next[b / 2];
+      for (int64_t i = 0; i < Kv::block_bytes(head_dim); i += 64) S::prefetch_t1(ahead + i);
+    }
+  decltype(Kv::keys(nullptr, 0)) keys[Blocks];
+#pragma GCC unroll 4
+  for (int i = 0; i < Blocks; ++i) keys[i] = Kv::keys(span.block[b + i], head_dim);
 #pragma GCC unroll 4
   for (int64_t d = 0; d < steps; ++d, x += 4 * N) {
 #pragma GCC unroll 4
     for (int i = 0; i < Blocks; ++i) {
-      const auto codes = S::load_u8(span.block[b + i] + keys + d * 64);
+      const auto codes = keys[i].template next<S>();
 #pragma GCC unroll 12
       for (int q = 0; q < N; ++q) Dot::step(sums[i][q], codes, x + 4 * q);
-    }
-    if constexpr (Prefetch) {
-      S::prefetch_t1(ahead + d * 128);
-      S::prefetch_t1(ahead + d * 128 + 64);
     }
   }
 #pragma GCC unroll 4
@@ -166,7 +175,7 @@ inline void add_floats(const Weights& weights, const Span& span, int blocks, int
                        int64_t column, float* value) {
   const int64_t row_bytes = Kv::value_pitch(head_dim), pitch = pad_to(head_dim, 16);
   const int64_t values = Kv::values_at(head_dim);
-  constexpr int kRows = Kv::kRows, kLines = Chunks * Kv::kRowsBytes / 64;
+  constexpr int kRows = Kv::kRows;
   const Ahead ahead(span, column, 16 * Chunks, pitch, Kv::block_bytes(head_dim));
   typename S::F32x16 sums[Chunks][N];
 #pragma GCC unroll 4
@@ -177,12 +186,9 @@ inline void add_floats(const Weights& weights, const Span& span, int blocks, int
           S::mul(S::load(value + q * pitch + column + 16 * c), S::set1(weights.rescale[q]));
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* row = span.block[b] + values;
-    const uint8_t* next = ahead.from(b);
-    if (Prefetch && kLines > 0) S::prefetch_t1(next + kLines * kBlock / kRows * 64);
+    if constexpr (Prefetch) ahead.prefetch<S>(b);
     const float* w = weights.values + b * kBlock;
-    for (int t = 0; t < kBlock; t += kRows, row += row_bytes, next += 64 * kLines) {
-#pragma GCC unroll 4
-      for (int i = 0; Prefetch && i < kLines; ++i) S::prefetch_t1(next + 64 * i);
+    for (int t = 0; t < kBlock; t += kRows, row += row_bytes) {
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
         typename S::F32x16 v[Chunks];
@@ -204,12 +210,12 @@ inline void add_floats(const Weights& weights, const Span& span, int blocks, int
 }
 
 // As `add_floats`, from exact integer sums over the span: fma(float(sum), scale, value * rescale).
-template <class S, class Kv, int N, int Chunks, bool Prefetch>
+// `from`: where every block's codes of these columns begin; moved on to those of the next ones.
+template <class S, class Kv, int N, int Chunks, bool Prefetch, class Values>
 inline void add_codes(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
-                      int64_t column, float* value) {
+                      int64_t column, Values* from, float* value) {
   using Dot = typename S::WideDot;
-  const int64_t group_bytes = Kv::value_pitch(head_dim), pitch = pad_to(head_dim, 16);
-  const int64_t values = Kv::values_at(head_dim) + 4 * column;
+  const int64_t pitch = pad_to(head_dim, 16);
   const Ahead ahead(span, column, 16 * Chunks, pitch, Kv::block_bytes(head_dim));
   typename Dot::Acc sums[Chunks][N];
 #pragma GCC unroll 4
@@ -217,19 +223,20 @@ inline void add_codes(const Weights& weights, const Span& span, int blocks, int6
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q) sums[c][q] = Dot::init();
   for (int b = 0; b < blocks; ++b) {
-    const uint8_t* codes = span.block[b] + values;
+    if constexpr (Prefetch) ahead.prefetch<S>(b);
     const uint8_t* x = weights.codes + b * kBlock * 2;
-    const uint8_t* next = ahead.from(b);
-    if constexpr (Prefetch) S::prefetch_t1(next + 4 * Chunks * 64);
-    for (int t = 0; t < kBlock; t += 4, codes += group_bytes, x += 8, next += 64 * Chunks) {
+    Values codes = from[b];
 #pragma GCC unroll 4
-      for (int c = 0; c < Chunks; ++c) {
-        const auto v = S::load_u8(codes + 64 * c);
-        if constexpr (Prefetch) S::prefetch_t1(next + 64 * c);
+    for (int c = 0; c < Chunks; ++c) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kBlock / 4; ++t) {
+        const auto v = codes.template next<S>(t);
 #pragma GCC unroll 12
-        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2);
+        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2 + 8 * t);
       }
+      codes.end_columns();
     }
+    from[b] = codes;
   }
 #pragma GCC unroll 12
   for (int q = 0; q < N; ++q) {
@@ -246,37 +253,51 @@ inline void add_codes(const Weights& weights, const Span& span, int blocks, int6
 template <class S, class Kv, int N, bool Prefetch>
 inline void add_values(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
                        float* value) {
-  constexpr int kSums = Kv::kInteger ? N * S::WideDot::kSums : N;
-  constexpr int kChunks = kAtOnce<S, kSums>;
-  const int64_t columns = pad_to(head_dim, 16);
-  const auto add = [&]<int Chunks>(int64_t c) {
-    if constexpr (Kv::kInteger)
-      add_codes<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, value);
-    else
-      add_floats<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, value);
+  const auto passes = [=]<int Chunks>(auto add) {
+    int64_t c = 0, columns = pad_to(head_dim, 16);
+    for (; c + 16 * Chunks <= columns; c += 16 * Chunks) add.template operator()<Chunks>(c);
+    for (; c < columns; c += 16) add.template operator()<1>(c);
   };
-  int64_t c = 0;
-  for (; c + 16 * kChunks <= columns; c += 16 * kChunks) add.template operator()<kChunks>(c);
-  for (; c < columns; c += 16) add.template operator()<1>(c);
+  if constexpr (Kv::kInteger) {
+    decltype(Kv::values(nullptr, 0)) from[kSpanBlocks];
+    for (int b = 0; b < blocks; ++b) from[b] = Kv::values(span.block[b], head_dim);
+    passes.template operator()<kAtOnce<S, N * S::WideDot::kSums>>([&]<int Chunks>(int64_t c) {
+      add_codes<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, from, value);
+    });
+  } else {
+    passes.template operator()<kAtOnce<S, N>>([&]<int Chunks>(int64_t c) {
+      add_floats<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, value);
+    });
+  }
 }
 
-// The span's blocks of a float codec as f32 in `memory`.
+// A block of a float codec as f32, of a sparse one as the block that it was sealed from.
 template <class S, class Kv>
-inline Span expand_span(const Span& span, int64_t head_dim, uint8_t* memory) {
-  Span wide = span;
-  const int64_t bytes = F32Kv::block_bytes(head_dim);
-  for (int b = 0; b < span.blocks; ++b) {
-    auto* keys = reinterpret_cast<float*>(memory + b * bytes);
-    auto* values = reinterpret_cast<float*>(memory + b * bytes + F32Kv::values_at(head_dim));
-    wide.block[b] = wide.next[b] = memory + b * bytes;
+inline void expand_block(const uint8_t* block, int64_t head_dim, uint8_t* to) {
+  if constexpr (Kv::kInteger) {
+    Kv::template expand<S>(block, to, head_dim);
+  } else {
+    auto* keys = reinterpret_cast<float*>(to);
+    auto* values = reinterpret_cast<float*>(to + F32Kv::values_at(head_dim));
     for (int64_t d = 0; d < head_dim; ++d)
-      S::store(keys + d * kBlock, Kv::template key<S>(span.block[b], d, d % Kv::kRows));
-    const uint8_t* from = span.block[b] + Kv::values_at(head_dim);
+      S::store(keys + d * kBlock, Kv::template key<S>(block, d, d % Kv::kRows));
+    const uint8_t* from = block + Kv::values_at(head_dim);
     for (int t = 0; t < kBlock; ++t) {
       const uint8_t* tokens = from + t / Kv::kRows * Kv::value_pitch(head_dim);
       for (int64_t c = 0; c < head_dim; c += 16, values += 16)
         S::store(values, Kv::template value<S>(tokens, c, t % Kv::kRows));
     }
+  }
+}
+
+// The span's blocks, expanded, in `memory`.
+template <class S, class Kv>
+inline Span expand_span(const Span& span, int64_t head_dim, uint8_t* memory) {
+  Span wide = span;
+  const int64_t bytes = Kv::Expanded::block_bytes(head_dim);
+  for (int b = 0; b < span.blocks; ++b) {
+    expand_block<S, Kv>(span.block[b], head_dim, memory + b * bytes);
+    wide.block[b] = wide.next[b] = memory + b * bytes;
   }
   return wide;
 }
