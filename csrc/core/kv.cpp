@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "formats/kv.h"
+#include "formats/kv_int4.h"
 #include "formats/kv_sparse.h"
 
 namespace lacewing {

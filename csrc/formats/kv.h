@@ -28,6 +28,7 @@ struct FloatKv {
   using Element = typename Number::Element;
   using Expanded = FloatKv<struct F32>;
   static constexpr bool kInteger = false;
+  static constexpr bool kMinima = false;
   static constexpr int kRows = Number::kRows;  // inputs of keys, tokens of values
   static constexpr int64_t kRowsBytes = 16 * kRows * sizeof(Element);
 
@@ -125,8 +126,8 @@ using F16Kv = FloatKv<F16>;
 using Bf16Kv = FloatKv<Bf16Number>;
 using F32Kv = FloatKv<F32>;
 
-// How attention reads the codes of an integer codec's block, 64 at a time: keys in order; values by
-// 16 columns, tokens t, t + 4, t + 8, t + 12 in order, then `end_columns`.
+// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order; of four
+// tokens, `fours` = 0..3, the values' next `chunks` of 16 columns in order, then `skip(chunks)`.
 struct DenseKeys {
   const uint8_t* at;
   template <class S>
@@ -139,16 +140,17 @@ struct DenseValues {
   const uint8_t* at;
   int64_t pitch;
   template <class S>
-  LW_INLINE typename S::U8x64 next(int fours) {
-    return S::load_u8(at + fours * pitch);
+  LW_INLINE typename S::U8x64 next(int fours, int chunk) {
+    return S::load_u8(at + fours * pitch + 64 * chunk);
   }
-  LW_INLINE void end_columns() { at += 64; }
+  LW_INLINE void skip(int chunks) { at += 64 * chunks; }
 };
 
 // int8 per token and head, symmetric: scale = f16(max|x| / 127), code = round_even(x / scale).
 struct Int8Kv {
   using Expanded = void;
   static constexpr bool kInteger = true;
+  static constexpr bool kMinima = false;  // numbers are scale * code
   static constexpr int64_t kScales = 64;  // bytes: f16 [2][16], keys' then values'
 
   static constexpr int64_t keys_at(int64_t) { return kScales; }

@@ -5,7 +5,7 @@
 //               K codes that are kept, 16 x keep, keep = ceil((1 - p / 100) head_dim);
 //               V codes that are kept, 16 x keep;
 //               bitmaps, 8 bytes for 64 codes of the int8 block, bit i for byte i:
-//               of K [pad4(head_dim)/4], of V [pad16(head_dim)/16][4]; the codes lie in this order
+//               of K [pad4(head_dim)/4], of V [4][pad16(head_dim)/16]; the codes lie in this order
 //
 // Parts begin at multiples of 64 bytes. Expanding reads 64 bytes from where the next code lies:
 // the bitmaps are behind the codes so that this never leaves the block.
@@ -17,16 +17,25 @@
 namespace lacewing {
 namespace {
 
-// The next codes onto the set bits of the next bitmap, `Fill` elsewhere.
-template <uint8_t Fill>
-struct SparseCodes {
+struct SparseKeys {
   const uint8_t* codes;
   const uint8_t* bitmap;
   template <class S>
-  LW_INLINE typename S::U8x64 next(int = 0) {
-    return S::expand(Fill, (bitmap += 8) - 8, codes);
+  LW_INLINE typename S::U8x64 next() {
+    return S::expand(128, (bitmap += 8) - 8, codes);
   }
-  LW_INLINE void end_columns() {}
+};
+
+// Four tokens together keep 4 x keep codes: it is known where each four's begin.
+struct SparseValues {
+  const uint8_t* codes[4];
+  const uint8_t* bitmap;
+  int64_t pitch;  // of the bitmaps of four tokens
+  template <class S>
+  LW_INLINE typename S::U8x64 next(int fours, int chunk) {
+    return S::expand(0, bitmap + fours * pitch + 8 * chunk, codes[fours]);
+  }
+  LW_INLINE void skip(int chunks) { bitmap += 8 * chunks; }
 };
 
 template <int Percent>
@@ -34,6 +43,7 @@ struct Int8Sparse {
   using Growing = Int8Kv;
   using Expanded = Int8Kv;
   static constexpr bool kInteger = true;
+  static constexpr bool kMinima = false;
 
   // Of a token's keys, and of its values.
   static constexpr int64_t keep(int64_t head_dim) {
@@ -53,11 +63,15 @@ struct Int8Sparse {
     return value_bitmaps_at(head_dim) + pad_to(2 * pad_to(head_dim, 16), 64);
   }
 
-  static LW_INLINE SparseCodes<128> keys(const uint8_t* block, int64_t head_dim) {
+  static LW_INLINE SparseKeys keys(const uint8_t* block, int64_t head_dim) {
     return {block + keys_at(head_dim), block + key_bitmaps_at(head_dim)};
   }
-  static LW_INLINE SparseCodes<0> values(const uint8_t* block, int64_t head_dim) {
-    return {block + values_at(head_dim), block + value_bitmaps_at(head_dim)};
+  static LW_INLINE SparseValues values(const uint8_t* block, int64_t head_dim) {
+    const uint8_t* codes = block + values_at(head_dim);
+    const int64_t four = 4 * keep(head_dim);
+    return {{codes, codes + four, codes + 2 * four, codes + 3 * four},
+            block + value_bitmaps_at(head_dim),
+            pad_to(head_dim, 16) / 2};
   }
   template <class S>
   static LW_INLINE typename S::F32x16 key_scales(const uint8_t* block) {
@@ -77,9 +91,9 @@ struct Int8Sparse {
     for (int64_t d = 0; d < head_dim; d += 4, to += 64) S::store_u8(to, key.template next<S>());
     auto value = values(block, head_dim);
     to = growing + Int8Kv::values_at(head_dim);
-    for (int64_t column = 0; column < head_dim; column += 16, to += 64)
-      for (int t = 0; t < 4; ++t)
-        S::store_u8(to + t * Int8Kv::value_pitch(head_dim), value.template next<S>());
+    for (int t = 0; t < 4; ++t)
+      for (int c = 0; c < pad_to(head_dim, 16) / 16; ++c, to += 64)
+        S::store_u8(to, value.template next<S>(t, c));
   }
 
   template <class S>
@@ -98,8 +112,8 @@ struct Int8Sparse {
     });
     pack<S>(values_at(head_dim), at, block, [&](auto put) {
       const uint8_t* from = growing + Int8Kv::values_at(head_dim);
-      for (int64_t i = 0; i < pad_to(head_dim, 16) / 4; ++i)
-        put(bitmaps[split / 8 + i], from + i / 4 * 64 + i % 4 * Int8Kv::value_pitch(head_dim));
+      for (int64_t i = 0; i < pad_to(head_dim, 16) / 4; ++i, from += 64)
+        put(bitmaps[split / 8 + i], from);
     });
     __builtin_memcpy(block + at, bitmaps, static_cast<size_t>(block_bytes(head_dim) - at));
   }
@@ -114,9 +128,10 @@ struct Int8Sparse {
   static void choose_values(const uint8_t* growing, int lane, int64_t head_dim, uint64_t* bitmaps) {
     const auto* codes = reinterpret_cast<const int8_t*>(growing) + Int8Kv::values_at(head_dim) +
                         lane / 4 * Int8Kv::value_pitch(head_dim) + lane % 4;
+    bitmaps += lane / 4 * pad_to(head_dim, 16) / 16;
     choose(
         head_dim, [=](int64_t c) { return codes[4 * c]; },
-        [=](int64_t c) { bitmaps[c / 16 * 4 + lane / 4] |= uint64_t{1} << (c % 16 * 4 + lane % 4); });
+        [=](int64_t c) { bitmaps[c / 16] |= uint64_t{1} << (c % 16 * 4 + lane % 4); });
   }
   // Marks the channels of one token that are kept.
   template <class Code, class Mark>

@@ -5,7 +5,9 @@
 
 #include "core/kernels.h"
 #include "formats/kv.h"
+#include "formats/kv_int4.h"
 #include "formats/kv_sparse.h"
+#include "ops/attention_codes.h"
 #include "ops/elementwise.h"
 #include "ops/limits.h"
 #include "ops/math.h"
@@ -37,7 +39,7 @@ struct Span {
 
 // Queries of a batch as the scores want them: transposed, so that all offsets are constants.
 struct Queries {
-  const float* values;  // [head_dim][N]; integer codecs:
+  const float* values;  // [head_dim][N]; with minima: [N][pad16(head_dim)]; else integer codecs:
   const int8_t* codes;  // [pad4(head_dim)/4][N][4]
   const float* scales;  // [N]
   const int32_t* sums;  // [N], of codes
@@ -48,6 +50,7 @@ struct Weights {
   const float* values;   // [N][kSpan]; integer codecs:
   const uint8_t* codes;  // [N][kSpan][2], as S::WideDot prepares them
   const float* scales;   // [N], of codes
+  const float* minima;   // [N]: weights times the minima of the values
   const float* rescale;  // [N]: what the sums over older tokens are multiplied by
 };
 
@@ -110,30 +113,61 @@ inline void score_floats(const Queries& queries, const Span& span, int b, int64_
     for (int q = 0; q < N; ++q) S::store(score + q * kSpan + (b + i) * kBlock, sums[i][q]);
 }
 
-// As `score_floats`, from exact integer sums: (float(sum) * key's scale) * query's scale.
+// Queries as the keys of one block want them, whose channels have scales and minima: times the
+// scales and rounded anew; a code stands for code - 8, so its middle joins the minimum.
+template <int N>
+struct BlockQueries {
+  alignas(64) int8_t codes[N * kMaxHeadDim];
+  alignas(64) float scaled[kMaxHeadDim];  // one query before it is rounded
+  float scales[N], minima[N];
+  int32_t sums[N];
+};
+
+template <class S, class Kv, int N>
+inline void scale_queries(const Queries& queries, const uint8_t* block, int64_t head_dim,
+                          BlockQueries<N>& to) {
+  const int64_t pitch = pad_to(head_dim, 16);
+  for (int q = 0; q < N; ++q) {
+    auto minimum = S::zero();
+    for (int64_t c = 0; c < pitch; c += 16) {
+      const auto query = S::load(queries.values + q * pitch + c);
+      const auto scales = Kv::template channel_scales<S>(block, c);
+      const auto minima = Kv::template channel_minima<S>(block, head_dim, c);
+      S::store(to.scaled + c, S::mul(query, scales));
+      minimum = S::fma(query, S::fma(scales, S::set1(8.0f), minima), minimum);
+    }
+    to.scales[q] = query_codes<S>(to.scaled, head_dim, N, to.codes + 4 * q, to.sums + q);
+    to.minima[q] = S::sum(minimum);
+  }
+}
+
+// As `score_floats`, from exact integer sums: (float(sum) * key's scale) * query's scale, or, with
+// minima, fma(float(sum), scale of the block's query, minimum).
 template <class S, class Kv, int N, int Blocks, bool Prefetch>
 inline void score_codes(const Queries& queries, const Span& span, int b, int64_t head_dim,
                         float* score) {
-  using Dot = typename S::template Dot<128, 255>;
-  typename Dot::Acc sums[Blocks][N];
-#pragma GCC unroll 4
-  for (int i = 0; i < Blocks; ++i)
-#pragma GCC unroll 12
-    for (int q = 0; q < N; ++q) sums[i][q] = Dot::init(queries.sums[q]);
-  const int8_t* x = queries.codes;
+  using Dot = typename S::template Dot<Kv::kMinima ? 8 : 128, Kv::kMinima ? 15 : 255>;
   const int64_t steps = pad_to(head_dim, 4) / 4;
   if constexpr (Prefetch)
-    if (b % 2 == 0) {
-      const uint8_t* ahead = span.next[b / 2];
-      for (int64_t i = 0; i < Kv::block_bytes(head_dim); i += 64) S::prefetch_t1(ahead + i);
-    }
+    if (b % 2 == 0)
+      for (int64_t i = 0; i < Kv::block_bytes(head_dim); i += 64)
+        S::prefetch_t1(span.next[b / 2] + i);
+  [[maybe_unused]] BlockQueries<Kv::kMinima ? N : 1> own[Kv::kMinima ? Blocks : 1];
+  const auto sum_of = [&](int i, int q) { return Kv::kMinima ? own[i].sums[q] : queries.sums[q]; };
+  typename Dot::Acc sums[Blocks][N];
   decltype(Kv::keys(nullptr, 0)) keys[Blocks];
 #pragma GCC unroll 4
-  for (int i = 0; i < Blocks; ++i) keys[i] = Kv::keys(span.block[b + i], head_dim);
+  for (int i = 0; i < Blocks; ++i) {
+    keys[i] = Kv::keys(span.block[b + i], head_dim);
+    if constexpr (Kv::kMinima) scale_queries<S, Kv>(queries, span.block[b + i], head_dim, own[i]);
+#pragma GCC unroll 12
+    for (int q = 0; q < N; ++q) sums[i][q] = Dot::init(sum_of(i, q));
+  }
 #pragma GCC unroll 4
-  for (int64_t d = 0; d < steps; ++d, x += 4 * N) {
+  for (int64_t d = 0; d < steps; ++d) {
 #pragma GCC unroll 4
     for (int i = 0; i < Blocks; ++i) {
+      const int8_t* x = (Kv::kMinima ? own[i].codes : queries.codes) + d * 4 * N;
       const auto codes = keys[i].template next<S>();
 #pragma GCC unroll 12
       for (int q = 0; q < N; ++q) Dot::step(sums[i][q], codes, x + 4 * q);
@@ -141,12 +175,16 @@ inline void score_codes(const Queries& queries, const Span& span, int b, int64_t
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Blocks; ++i) {
-    const auto scales = Kv::template key_scales<S>(span.block[b + i]);
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q) {
-      const auto dot = S::from_i32(Dot::finish(sums[i][q], queries.sums[q]));
-      S::store(score + q * kSpan + (b + i) * kBlock,
-               S::mul(S::mul(dot, scales), S::set1(queries.scales[q])));
+      const auto dot = S::from_i32(Dot::finish(sums[i][q], sum_of(i, q)));
+      float* to = score + q * kSpan + (b + i) * kBlock;
+      if constexpr (Kv::kMinima) {
+        S::store(to, S::fma(dot, S::set1(own[i].scales[q]), S::set1(own[i].minima[q])));
+      } else {
+        const auto scales = Kv::template key_scales<S>(span.block[b + i]);
+        S::store(to, S::mul(S::mul(dot, scales), S::set1(queries.scales[q])));
+      }
     }
   }
 }
@@ -209,7 +247,8 @@ inline void add_floats(const Weights& weights, const Span& span, int blocks, int
     for (int q = 0; q < N; ++q) S::store(value + q * pitch + column + 16 * c, sums[c][q]);
 }
 
-// As `add_floats`, from exact integer sums over the span: fma(float(sum), scale, value * rescale).
+// As `add_floats`, from exact integer sums over the span: fma(float(sum), scale, value * rescale),
+// plus the weighted minima, if there are any.
 // `from`: where every block's codes of these columns begin; moved on to those of the next ones.
 template <class S, class Kv, int N, int Chunks, bool Prefetch, class Values>
 inline void add_codes(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
@@ -225,18 +264,16 @@ inline void add_codes(const Weights& weights, const Span& span, int blocks, int6
   for (int b = 0; b < blocks; ++b) {
     if constexpr (Prefetch) ahead.prefetch<S>(b);
     const uint8_t* x = weights.codes + b * kBlock * 2;
-    Values codes = from[b];
 #pragma GCC unroll 4
-    for (int c = 0; c < Chunks; ++c) {
+    for (int t = 0; t < kBlock / 4; ++t, x += 8) {
 #pragma GCC unroll 4
-      for (int t = 0; t < kBlock / 4; ++t) {
-        const auto v = codes.template next<S>(t);
+      for (int c = 0; c < Chunks; ++c) {
+        const auto v = from[b].template next<S>(t, c);
 #pragma GCC unroll 12
-        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2 + 8 * t);
+        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2);
       }
-      codes.end_columns();
     }
-    from[b] = codes;
+    from[b].skip(Chunks);
   }
 #pragma GCC unroll 12
   for (int q = 0; q < N; ++q) {
@@ -245,7 +282,9 @@ inline void add_codes(const Weights& weights, const Span& span, int blocks, int6
     for (int c = 0; c < Chunks; ++c) {
       float* to = value + q * pitch + column + 16 * c;
       const auto sum = S::from_i32(Dot::finish(sums[c][q]));
-      S::store(to, S::fma(sum, scale, S::mul(S::load(to), rescale)));
+      auto all = S::fma(sum, scale, S::mul(S::load(to), rescale));
+      if constexpr (Kv::kMinima) all = S::add(all, S::set1(weights.minima[q]));
+      S::store(to, all);
     }
   }
 }
