@@ -5,12 +5,15 @@
 
 namespace lacewing {
 
-// Every KV cache format: X(name, C++ codec in formats/kv.h). One line registers one.
-#define LACEWING_KV_FORMATS(X) \
-  X("f16", F16Kv)              \
-  X("bf16", Bf16Kv)            \
-  X("f32", F32Kv)              \
-  X("int8", Int8Kv)
+// Every KV cache format: X(name, C++ codec in formats/kv*.h). One line registers one.
+#define LACEWING_KV_FORMATS(X)   \
+  X("f16", F16Kv)                \
+  X("bf16", Bf16Kv)              \
+  X("f32", F32Kv)                \
+  X("int8", Int8Kv)              \
+  X("int4", Int4Kv)              \
+  X("int8_sp50", Int8Sparse<50>) \
+  X("int8_sp70", Int8Sparse<70>)
 
 #define LACEWING_COUNT(name, type) +1
 inline constexpr int kKvFormatCount = 0 LACEWING_KV_FORMATS(LACEWING_COUNT);

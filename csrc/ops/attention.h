@@ -4,7 +4,7 @@
 // Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
 // cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
-// f32 in L2. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
+// f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
 // computed for one query depends on its own tokens only, never on its neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
@@ -12,6 +12,8 @@
 //     (the cache holds finite values only); sums that may differ in the sign of a zero are
 //     normalized by adding +0 at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "ops/attention_codes.h"
 #include "ops/attention_kernels.h"
@@ -137,8 +139,8 @@ class Tile {
   struct Shared {
     alignas(64) float score[12][kSpan];
     alignas(64) uint8_t codes[12][kSpan * 2];  // of weights
-    float value_scale[kSpan];
-    float rescale[16], weight_scale[16];
+    float value_scale[kSpan], value_minimum[kSpan];
+    float rescale[16], weight_scale[16], weight_minimum[16];
     float query_scale[kMaxTile + 12];
     int32_t query_sum[kMaxTile + 12];
     int64_t first[kMaxTile + 12], last[kMaxTile + 12];  // tokens attended, by slot
@@ -187,7 +189,10 @@ class Tile {
       for (int i = 0; i < batch.size; ++i) {
         const int64_t slot = batch.slot + i;
         const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
-        if constexpr (Kv::kInteger) {
+        if constexpr (Kv::kMinima) {
+          float* to = query_ + slot * pitch_;
+          for (int64_t d = 0; d < pitch_; ++d) to[d] = d < a_.head_dim ? from[d] : 0.0f;
+        } else if constexpr (Kv::kInteger) {
           s_.query_scale[slot] = query_codes<S>(from, a_.head_dim, batch.size,
                                                 codes_of(batch) + 4 * i, s_.query_sum + slot);
         } else {
@@ -232,10 +237,11 @@ class Tile {
       const Span span = span_of(begin, next < end ? next : end);
       if (direct_)
         attend_span<true, Kv>(part, span);
-      else if constexpr (Kv::kInteger)
+      else if constexpr (std::is_void_v<typename Kv::Expanded>)
         attend_span<false, Kv>(part, span);
       else
-        attend_span<false, F32Kv>(part, expand_span<S, Kv>(span, a_.head_dim, wide_));
+        attend_span<false, typename Kv::Expanded>(
+            part, expand_span<S, Kv>(span, a_.head_dim, wide_));
       begin = span.end;
     }
   }
@@ -252,6 +258,8 @@ class Tile {
       span.block[b] = a_.cache + a_.block_table[first + b] * bytes;
       if constexpr (Kv::kInteger)
         S::store(s_.value_scale + b * kBlock, Kv::template value_scales<S>(span.block[b]));
+      if constexpr (Kv::kMinima)
+        S::store(s_.value_minimum + b * kBlock, Kv::template value_minima<S>(span.block[b]));
     }
     return span;
   }
@@ -271,7 +279,7 @@ class Tile {
     float* value = part.value + batch.slot * pitch_;
     const Queries queries{query_ + batch.slot * pitch_, codes_of(batch),
                           s_.query_scale + batch.slot, s_.query_sum + batch.slot};
-    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.rescale};
+    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.weight_minimum, s_.rescale};
     with_size<S, Direct>(batch.size, [&]<int N>() {
       score_span<S, SpanKv, N, Direct>(queries, span, blocks, a_.head_dim, score);
       weigh(part, index, N, span.begin, blocks * kBlock);
@@ -305,9 +313,11 @@ class Tile {
       const auto max = S::set1(maxima[q]);
       float* sum = part.weight + 16 * (slot + q);
       auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q])), top = S::zero();
+      [[maybe_unused]] auto minimum = S::zero();
       for (int64_t t = 0; t < columns; t += 16) {
         auto e = exp2_negative<S>(S::mul(S::sub(S::load(score + t), max), factor));
         weight = S::add(weight, e);
+        if constexpr (Kv::kMinima) minimum = S::fma(e, S::load(s_.value_minimum + t), minimum);
         if constexpr (Kv::kInteger) {
           e = S::mul(e, S::load(s_.value_scale + t));
           top = S::max(e, top);
@@ -315,6 +325,7 @@ class Tile {
         S::store(score + t, e);
       }
       S::store(sum, weight);
+      if constexpr (Kv::kMinima) s_.weight_minimum[q] = S::sum(minimum);
       if constexpr (Kv::kInteger) s_.weight_scale[q] = S::hmax(top);
     }
     if constexpr (Kv::kInteger)

@@ -131,7 +131,8 @@ def attention(
     """Causal attention of the last rows of one sequence.
 
     q `[rows, n_heads, d]` are the queries of the last `rows` of the tokens whose keys and values
-    are k, v `[tokens, n_kv_heads, d]` (stored as `kv`, in blocks of 16 at `block_table`). A token
+    are k, v `[tokens, n_kv_heads, d]` (stored as `kv`, in blocks of 16 at `block_table`; a sealed
+    format needs whole blocks of them, and all are sealed). A token
     sees itself and the window - 1 tokens before it; window 0: all of them. `parts`: segment by
     segment, as several threads do it (at most 16 queries per KV head). Returns the shape of q.
     """
@@ -208,9 +209,9 @@ def time_topk(
     what is chosen alone, and the bytes of labels and of cache that a pass reads."""
 
 KV_FORMATS: tuple[str, ...]
+"""Names of the KV cache formats."""
 KV_SEALED_FROM: dict[str, str]
 """Of formats whose blocks are made whole: what from."""
-"""Names of the KV cache formats."""
 
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
