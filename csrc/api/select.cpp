@@ -27,6 +27,13 @@ int64_t extent(const A& array, size_t axis) {
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to; }
 
+int growing_index(const std::string& where, const std::string& kv) {
+  const int format = kv_index(where, kv);
+  require(kKvInfo[format].sealed_from < 0,
+          where + ": kv must store token by token, got `" + kv + "`");
+  return format;
+}
+
 void check_channels(const std::string& where, int64_t count, int64_t head_dim) {
   require_range(where + ": head_dim", head_dim, 1, kMaxHeadDim);
   require(count > 0 && count % 4 == 0 && count <= kMaxLabelChannels,
@@ -96,7 +103,7 @@ nb::object merge(const Array<float, 3>& q, const Array<float, 2>& k, const Array
   require_range("merge: keep", keep, kMergeFirst + kMergeLast + 1, tokens);
   check_blocks("merge: block_table", block_table, up(tokens, kBlock));
   check_blocks("merge: out_table", out_table, up(keep, kBlock));
-  const int format = kv_index("merge", kv);
+  const int format = growing_index("merge", kv);
   const KvKernels& kernels = table_of(isa).kv->formats[format];
 
   const int64_t bytes = kKvInfo[format].block_bytes(d);
@@ -224,7 +231,7 @@ class Topk {
 nb::object time_topk(const std::string& kv, int64_t layers, int64_t kv_heads, int64_t group,
                      int64_t head_dim, int64_t tokens, int64_t channels, double fraction,
                      int passes, int threads, const Isa& isa) {
-  const int format = kv_index("time_topk", kv);
+  const int format = growing_index("time_topk", kv);
   for (int64_t size : {layers, kv_heads, group, tokens})
     require_range("time_topk: sizes", size, 1, 1 << 20);
   check_channels("time_topk", channels, head_dim);
