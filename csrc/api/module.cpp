@@ -5,8 +5,10 @@
 NB_MODULE(_C, m) {
   m.doc() = "Lacewing's compiled module: packed linear layers, the native decoder, the machine";
   lacewing::register_attention(m);
+  lacewing::register_cache(m);
   lacewing::register_linear(m);
   lacewing::register_model(m);
+  lacewing::register_select(m);
   lacewing::register_system(m);
   lacewing::register_torch(m);
 }

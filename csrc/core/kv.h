@@ -21,7 +21,10 @@ inline constexpr int kKvFormatCount = 0 LACEWING_KV_FORMATS(LACEWING_COUNT);
 
 inline constexpr int64_t kBlock = 16;  // tokens of one KV cache block
 
-inline constexpr int64_t kLabelTokens = 256;  // of one block of labels
+// Labels (Double Sparsity): some channels of every key as int8, to guess scores from. A label block
+// holds those of 16 cache blocks of one head.
+inline constexpr int64_t kLabelTokens = 16 * kBlock;
+inline constexpr int64_t kMaxLabelChannels = 64;  // and a multiple of 4
 inline constexpr int64_t label_bytes(int64_t channels) { return kLabelTokens * channels; }
 
 struct KvInfo {

@@ -415,7 +415,7 @@ class Forward::Worker {
       std::vector<int32_t>& blocks = space_.reads.blocks;
       const int64_t count = args.last / kBlock + 1, budget = topk_budget(count, layout.topk);
       blocks.resize(static_cast<size_t>(std::min(count, budget)));
-      const size_t scratch = select_scratch(count, args.group_heads);
+      const size_t scratch = select_scratch(args.group_heads, count);
       if (space_.select.size() < scratch) space_.select = Memory(scratch);
       table_.kv->select(
           {args.q, args.head_dim, args.group_heads, args.scale, model_.cache_.blocks(head.labels),

@@ -70,6 +70,24 @@ struct FloatKv {
     });
   }
 
+  // What is stored of one token.
+  template <class S>
+  static void load(const uint8_t* block, int64_t lane, float* k, float* v, int64_t head_dim) {
+    Element row[16 * kRows] = {};
+    const auto* bytes = reinterpret_cast<const uint8_t*>(row);
+    const auto* keys = reinterpret_cast<const Element*>(block) + lane * kRows;
+    const auto* values = reinterpret_cast<const Element*>(block + values_at(head_dim) +
+                                                          lane / kRows * value_pitch(head_dim)) +
+                         lane % kRows;
+    for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
+      for (int64_t j = i; j < i + lanes; ++j)
+        row[(j - i) * kRows] = keys[j / kRows * 16 * kRows + j % kRows];
+      store_lanes<S>(k + i, Number::template load<S>(bytes, 0), lanes);
+      for (int64_t j = 0; j < lanes; ++j) row[j * kRows] = values[(i + j) * kRows];
+      store_lanes<S>(v + i, Number::template load<S>(bytes, 0), lanes);
+    });
+  }
+
  private:
   // NaN becomes the lowest value.
   template <class S>
@@ -196,6 +214,21 @@ struct Int8Kv {
       for (int64_t j = 0; j < pad_to(lanes, 4); ++j)
         keys[(i + j) / 4 * 64 + j % 4] = static_cast<uint8_t>(codes[j] + 128);
     });
+  }
+
+  // What is stored of one token.
+  template <class S>
+  static void load(const uint8_t* block, int64_t lane, float* k, float* v, int64_t head_dim) {
+    float k_scale[16], v_scale[16];
+    S::store(k_scale, key_scales<S>(block));
+    S::store(v_scale, value_scales<S>(block));
+    const uint8_t* keys = block + kScales + 4 * lane;
+    const auto* values = reinterpret_cast<const int8_t*>(block + values_at(head_dim)) +
+                         lane / 4 * value_pitch(head_dim) + lane % 4;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      k[d] = static_cast<float>(keys[d / 4 * 64 + d % 4] - 128) * k_scale[lane];
+      v[d] = static_cast<float>(values[4 * d]) * v_scale[lane];
+    }
   }
 
  private:

@@ -3,23 +3,27 @@
 
 #include "core/kernels.h"
 #include "ops/attention.h"
+#include "ops/merge.h"
+#include "ops/select.h"
 
 namespace lacewing {
 namespace {
 
 template <class S, class Kv>
 constexpr KvKernels make_kv_kernels() {
-  KvKernels kernels{nullptr,
-                    nullptr,
-                    attention<S, Kv>,
-                    attend_partial<S, Kv>,
-                    attend_segments<S, Kv>,
-                    merge_segments<S, Kv>,
-                    join_segments<S, Kv>};
-  if constexpr (requires { typename Kv::Growing; })
+  KvKernels kernels{};
+  kernels.attention = attention<S, Kv>;
+  kernels.attend_partial = attend_partial<S, Kv>;
+  kernels.attend_segments = attend_segments<S, Kv>;
+  kernels.merge_segments = merge_segments<S, Kv>;
+  kernels.join_segments = join_segments<S, Kv>;
+  if constexpr (requires { typename Kv::Growing; }) {
     kernels.seal = Kv::template seal<S>;
-  else
+  } else {
     kernels.store = Kv::template store<S>;
+    kernels.load = Kv::template load<S>;
+    kernels.merge = merge<S, Kv>;
+  }
   return kernels;
 }
 
@@ -30,8 +34,8 @@ constexpr KvTable make_kv_table() {
               LACEWING_KV_FORMATS(LACEWING_KV_KERNELS)
 #undef LACEWING_KV_KERNELS
           },
-          nullptr,
-          nullptr};
+          Labels::store<S>,
+          select_blocks<S>};
 }
 
 }  // namespace

@@ -152,6 +152,62 @@ def time_attention(
     """Seconds of every pass of attention of the last `rows` of `tokens` over `layers` layers of
     `kv_heads` x `group` query heads, and the bytes of their cache."""
 
+def select_blocks(
+    q: _F32,
+    k: _F32,
+    label_table: _I32,
+    channels: _I32,
+    scales: _F32,
+    scale: float,
+    last: int,
+    sinks: int,
+    recent: int,
+    budget: int,
+    isa: str | None = None,
+) -> _I32:
+    """The blocks of 16 tokens that one row's heads of one KV head attend (Double Sparsity).
+
+    q `[heads, d]` is the row at position `last`, k `[tokens, d]` are the keys; of each, `channels`
+    `[r]` in units of `scales` `[r]` are kept as int8 (256 tokens a label block, at `label_table`).
+    Returns at most `budget` block numbers, ascending: the first `sinks`, the last `recent`, and
+    those between in which the heads' softmax over the blocks' largest scores is largest.
+    """
+
+def merge(
+    q: _F32,
+    k: _F32,
+    v: _F32,
+    block_table: _I32,
+    out_table: _I32,
+    scale: float,
+    keep: int,
+    kv: str = "f16",
+    isa: str | None = None,
+) -> _F32:
+    """Keys and values `[2, keep, d]` of a prompt merged to `keep` tokens (Elastic Cache).
+
+    q `[rows, heads, d]` are the queries of the last `rows` of the tokens whose keys and values of
+    one KV head are k, v `[tokens, d]`, stored as `kv`. The first 4 tokens and the last 32 stay as
+    they are; the others become the means of what is nearest to the most important among them.
+    """
+
+def time_topk(
+    kv: str,
+    layers: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    tokens: int,
+    channels: int,
+    fraction: float,
+    passes: int = 5,
+    threads: int = 0,
+    isa: str | None = None,
+) -> tuple[list[float], list[float], list[float], int, int]:
+    """Decoding with `select_blocks`, at `fraction` of the blocks (at least 32): seconds of every
+    pass over `layers` layers of `kv_heads` x `group` query heads, of choosing alone, of attending
+    what is chosen alone, and the bytes of labels and of cache that a pass reads."""
+
 KV_FORMATS: tuple[str, ...]
 """Names of the KV cache formats."""
 KV_SEALED_FROM: dict[str, str]

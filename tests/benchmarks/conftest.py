@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 _MODULES = (
-    *("axes", "configurations", "harness", "judges", "labels"),
+    *("axes", "configurations", "harness", "judges", "kvquality", "labels"),
     *("models", "page", "picture", "quality", "verdict"),
 )
 

@@ -12,7 +12,7 @@ import pytest
 
 from lacewing import LLM
 from lacewing.engine.scorer import LLMScorer
-from lacewing.quality import windows
+from lacewing.quality import Needles, Text, evaluate, windows
 from tests.cli.conftest import Call
 
 
@@ -159,7 +159,7 @@ def test_a_model_against_its_own_rounding(call: Call, tiny_hub: Path, text: Path
 def test_nothing_to_do(call: Call, tiny_gguf: Path, text: Path) -> None:
     status, out, err = call("eval", tiny_gguf)
     assert (status, out) == (2, "")
-    assert "missing option: --perplexity FILE or --items FILE" in err
+    assert "missing option: --perplexity, --items or --needles FILE" in err
     items = write(text.with_name("a.jsonl"), CHOICES)
     status, _, err = call("eval", tiny_gguf, "--items", items, "--reference", tiny_gguf)
     assert status == 1
@@ -234,3 +234,53 @@ def test_smollm2_answers_questions(call: Call, smollm2_gguf: Path, data_dir: Pat
     status, out, err = call("eval", smollm2_gguf, "--items", items, "--limit", "20", "--json")
     assert status == 0, err
     assert json.loads(out)["items"][0]["acc"] >= 0.4  # guessing gets 0.25; 20 items, 1.6 sigma
+
+
+# -- Needles, KV cache ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    return write(tmp_path / "book.txt", "It rained all day. Nobody came. " * 40)
+
+
+def test_needles_of_a_tiny_model(call: Call, tiny_gguf: Path, book: Path) -> None:
+    options = ("--needles", book, "--needle-context", "400", "--needle-count", "3", "--seed", "4")
+    status, out, err = call("eval", tiny_gguf, *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)["needles"]
+    with LLM(tiny_gguf, max_context=400) as llm:
+        (expected,) = evaluate(LLMScorer(llm), [Needles.read(book, 400, 3)], 4)
+    assert found == expected.to_dict()
+    status, out, err = call("eval", tiny_gguf, *options)
+    assert status == 0, err
+    assert f"found {expected.found} of 3" in out
+    assert "55%" in out
+
+
+def test_a_book_too_short(call: Call, tiny_gguf: Path, book: Path) -> None:
+    status, _, err = call("eval", tiny_gguf, "--needles", book)
+    assert status == 1
+    assert "haystacks of 4096 tokens need a text of as many" in err
+
+
+@pytest.mark.parametrize("kv", ["f32", "int8"])
+def test_the_kv_cache_reaches_the_engine(call: Call, tiny_gguf: Path, text: Path, kv: str) -> None:
+    options = ("--perplexity", text, "--window", "64", "--context", "96", "--kv", kv, "--json")
+    status, out, err = call("eval", tiny_gguf, *options)
+    assert status == 0, err
+    with LLM(tiny_gguf, max_context=96, kv=kv) as llm:
+        (expected,) = evaluate(LLMScorer(llm), [Text.read(text, 64)])
+    assert json.loads(out)["perplexity"] == expected.perplexity
+    assert json.loads(out)["kv"] == kv
+
+
+def test_a_window_beyond_the_default_context(call: Call, tiny_hub: Path, tmp_path: Path) -> None:
+    """--window alone opens the model as far as it needs."""
+    other = Path(shutil.copytree(tiny_hub, tmp_path / "long"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    text = write(tmp_path / "text", "abcdefghij" * 420)
+    status, out, err = call("eval", other, "--perplexity", text, "--window", "4200", "--json")
+    assert status == 0, err
+    assert (json.loads(out)["window"], json.loads(out)["kv"]) == (4200, "f16")

@@ -61,7 +61,7 @@ def native_logits(
     spec: DecoderSpec, tensors: Tensors, tokens: list[int], chunk: int, isa: str | None
 ) -> Array:
     """Logits of every token, fed in chunks, through cache blocks out of order."""
-    layout = lay_out(spec, parse_kv("f16"), None, 256)
+    layout = lay_out(spec, parse_kv("f16"), None, 0)  # in one store
     model = build_model(spec, tensors, 256, layout, [Store(8)], isa, 2)
     table = np.array([[[5, 3, 7, 1, 0, 2, 4, 6]]], np.int32)
     found = []

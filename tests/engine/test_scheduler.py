@@ -74,7 +74,7 @@ def test_every_request_finishes(
         step += 1
         assert step < 20_000
     assert all(len(s.output) == s.max_tokens for s in sequences)
-    assert blocks.free == blocks.total
+    assert blocks.free == (blocks.stores[0].total,)
     assert all(not s.tables.tables for s in sequences)
 
 
@@ -150,7 +150,7 @@ def test_preempt_all_recovers_from_any_state(damage: str) -> None:
         scheduler.add(each)
     take_step(scheduler)
     if damage == "block lost":
-        sequences[0].tables.spare[0].pop()
+        sequences[0].tables.tables[0].pop()
     elif damage == "sequence nowhere twice":
         scheduler.waiting.appendleft(sequences[-1])  # interrupted between the two queues
     scheduler.preempt_all()

@@ -53,7 +53,7 @@ class Feeder:
         rows = -(-context // 16)
         blocks = max(BLOCKS, 3 * rows)
         spec = tiny_spec(name)
-        layout = lay_out(spec, parse_kv(kv), None, 2**20)  # one store: tables are made here
+        layout = lay_out(spec, parse_kv(kv), None, 0)  # in one store
         stores = [Store(blocks, plan.block_tokens) for plan in layout.stores]
         self.model: Any = build_model(
             spec,
@@ -196,13 +196,14 @@ def test_mixed_formats_in_one_layer() -> None:
         if weight.ndim == 2:
             used += 1
         tensors[key] = formats.pack(weight, names[used % 6]) if weight.ndim == 2 else weight
-    table = np.arange(4, dtype=np.int32)[None]
+    layout = lay_out(spec, parse_kv("f16"), None, 0)
+    table = np.arange(4, dtype=np.int32)[None, None]
     tokens, at = np.array(tiny_tokens(20), np.int32), np.arange(20, dtype=np.int32)
     found = []
     for isa in [isa for isa in USABLE if promises_same_bits("bf16", isa)]:
-        model = build_model(spec, tensors, 64, 4, isa, 2)
+        model = build_model(spec, tensors, 64, layout, [Store(4)], isa, 2)
         bounds = np.array([0, 20], np.int32)
-        found.append(model.step(tokens, at, at.copy(), table, bounds, at.copy()))
+        found.append(model.step(tokens, at, at[:1], table, bounds, at.copy()))
         ones = [
             model.step(
                 tokens[i : i + 1], at[i : i + 1], at[i : i + 1], table, bounds[:2] // 20, at[:1]

@@ -1,4 +1,4 @@
-"""What of the KV cache a model's heads read: a file beside the model, calibrated or written by hand.
+"""What of the KV cache a model's heads read: a file, calibrated or written by hand.
 
     {"kvplan": 1,
      "model": {"type": "llama", "layers": 30, "kv_heads": 3, "head_dim": 64,
@@ -113,7 +113,7 @@ def _in_phase(span: Span, end: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """channels: int32 `[layers, kv_heads, r]`, distinct within a head. scales: f32 of the same shape.
+    """channels: int32 `[layers, kv_heads, r]`, distinct within a head. scales: f32, as many.
 
     The label of a key k (after norm and RoPE) in channel c is the code
     `clip(round(k[c] / scale[c]), -127, 127)`. r is a multiple of 4.
@@ -369,7 +369,8 @@ def _read_labels(value: Any) -> Labels:
     if not isinstance(value, dict):
         fail("`labels`", "an object", shown(value))
     _check_keys("`labels`", value, ("channels", "scales"))
-    channels, scales = value.get("channels"), value.get("scales")
+    channels: Any = value.get("channels")
+    scales: Any = value.get("scales")
     for name, found in (("labels.channels", channels), ("labels.scales", scales)):
         _check_grid(name, found, {})
         _check_lists(name, found)

@@ -14,10 +14,19 @@ from lacewing.cli.screen import KV_HELP
 from lacewing.errors import LacewingError, RequestError
 
 if TYPE_CHECKING:
-    from lacewing.quality import Accuracy, Divergence, Interval, Perplexity, Scorer, Text
+    from lacewing.quality import (
+        Accuracy,
+        Divergence,
+        Interval,
+        Needles,
+        Perplexity,
+        Retrieval,
+        Scorer,
+        Text,
+    )
 
 WINDOW_HELP = "Tokens predicted from nothing. Default: 2048, or the model's context."
-CONTEXT_HELP = "Tokens read at once. Default: as the window needs, 4096 for items."
+CONTEXT_HELP = "Tokens read at once. Default: as window and needles need, 4096 for items."
 LONG = 4096  # tokens that the engine's context has without being asked, where the model has them
 ItemsOption = Annotated[
     list[Path] | None,
@@ -36,6 +45,20 @@ def evaluate(
         Path | None, typer.Option(help="Text file (UTF-8) to predict.", show_default=False)
     ] = None,
     items: ItemsOption = None,
+    needles: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BOOK",
+            help="Text file (UTF-8) to hide facts in, which are asked for at its end.",
+            show_default=False,
+        ),
+    ] = None,
+    needle_context: Annotated[
+        int, typer.Option(min=2, help="Tokens of each item of --needles, the answer included.")
+    ] = LONG,
+    needle_count: Annotated[
+        int, typer.Option(min=1, help="Needles; 10 at ten depths read a haystack once.")
+    ] = 10,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +73,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first items of each file.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the confidence intervals and the needles.")
+    ] = 0,
     format: Annotated[
         str, typer.Option(help="Weight format; auto: the file's own grid, where it has one.")
     ] = "auto",
@@ -79,22 +104,24 @@ def evaluate(
     is left out, unless it is the only one.
 
     Items are {"id", "query", "choices", "gold"} or {"id", "context", "target"}, one JSON object a
-    line. Intervals hold 95 % of 1000 resampled figures.
+    line. A needle is found where each token of the right number is the most likely one; lp is the
+    mean log-probability of a right number. Intervals hold 95 % of 1000 resampled figures.
     """
     from lacewing.engine.kv import DEFAULT_KV
-    from lacewing.quality import Against, Text, read_items
+    from lacewing.quality import Against, Needles, Text, read_items
 
     text = None if perplexity is None else Text.read(perplexity, window, max_tokens)
     files = [read_items(path, limit) for path in items or ()]
-    if text is None and not files:
-        raise typer.BadParameter("missing option: --perplexity FILE or --items FILE")
+    book = None if needles is None else Needles.read(needles, needle_context, needle_count)
+    if text is None and not files and book is None:
+        raise typer.BadParameter("missing option: --perplexity, --items or --needles FILE")
     if reference is not None and text is None:
         raise RequestError("--reference needs a text to compare on", hint="add --perplexity FILE")
     if torch and kv is not None:
         raise RequestError("--kv is of the engine's cache, with --torch there is none")
-    way = Way(torch, threads, kv or DEFAULT_KV, context or room_for(text, bool(files)))
+    way = Way(torch, threads, kv or DEFAULT_KV, context or room_for(text, bool(files), book))
     subject = way.open(model, format)
-    tasks: list[Any] = list(files)
+    tasks: list[Any] = [*files, *([] if book is None else [book])]
     if text is not None and reference is not None:
         beside = way.open(reference, reference_format).scorer
         text = text.fitting(subject.scorer, beside)
@@ -133,7 +160,7 @@ class Way:
         from lacewing.engine.scorer import LLMScorer
 
         opened = open_llm(model, format, self.threads, self.kv, max_context=self.max_context)
-        told = {"model": str(opened.path), **opened.size()}
+        told = {"model": str(opened.path), **opened.size(), "kv": self.kv}
         return Subject(LLMScorer(opened.llm, opened.path.name), told)
 
     def _in_torch(self, model: str | None, format: str) -> Subject:
@@ -162,12 +189,15 @@ def run_tasks(scorer: Scorer, tasks: list[Any], seed: int, title: str = "scoring
         return quality.evaluate(scorer, tasks, seed, advance)
 
 
-def room_for(text: Text | None, others: bool) -> int | None:
-    """Tokens of a sequence: what the text needs; as many as usual, where it does not say or the
-    needs of others (items, prompts) are not known yet."""
-    if text is None or text.window is None or (others and text.window <= LONG):
-        return None
-    return text.window
+def room_for(text: Text | None, others: bool, needles: Needles | None = None) -> int | None:
+    """Tokens of a sequence: what text and needles need; as many as usual, where the text does not
+    say or the needs of others (items, prompts) are not known yet."""
+    needs = [] if needles is None else [needles.context]
+    if text is not None and text.window is not None:
+        needs.append(text.window)
+    known = not others and (text is None or text.window is not None)
+    room = max(needs, default=0)
+    return room if room and (known or room > LONG) else None
 
 
 # -- What is printed ------------------------------------------------------------------------------
@@ -175,7 +205,7 @@ def room_for(text: Text | None, others: bool) -> int | None:
 
 def _as_dict(results: list[Any]) -> dict[str, Any]:
     """The perplexity's figures at the top, as ever; the rest below names of their own."""
-    from lacewing.quality import Accuracy, Divergence, Perplexity
+    from lacewing.quality import Accuracy, Divergence, Perplexity, Retrieval
 
     found: dict[str, Any] = {}
     for result in results:
@@ -185,24 +215,37 @@ def _as_dict(results: list[Any]) -> dict[str, Any]:
             found.setdefault("items", []).append(result.to_dict())
         elif isinstance(result, Divergence):
             found["divergence"] = result.to_dict()
+        elif isinstance(result, Retrieval):
+            found["needles"] = result.to_dict()
     return found
 
 
 def _show(subject: Subject, results: list[Any]) -> None:
-    from lacewing.quality import Accuracy, Divergence, Perplexity
+    from lacewing.quality import Accuracy, Divergence, Perplexity, Retrieval
 
     told = subject.told
     bits = f", {told['bits_per_weight']:.2f} bits per weight" if "bits_per_weight" in told else ""
     pairs = [("model", Path(told["model"]).name), ("format", told["format"] + bits)]
+    if "kv" in told:
+        pairs.append(("KV cache", told["kv"]))
     for result in results:
         if isinstance(result, Perplexity):
             pairs += _perplexity_lines(result)
         elif isinstance(result, Divergence):
             pairs += _divergence_lines(result)
+        elif isinstance(result, Retrieval):
+            pairs += _needle_lines(result)
     screen.print_pairs([*pairs, ("intervals", intervals(results[0].seed))])
     files = [result for result in results if isinstance(result, Accuracy)]
     if files:
         screen.print_table(_ACCURACY_COLUMNS, [_accuracy_row(each) for each in files], gap=True)
+    for result in results:
+        if isinstance(result, Retrieval):
+            rows = [
+                (f"{each.depth:.0%}", str(each.needles), str(each.found), f"{each.log_prob:.3f}")
+                for each in result.depths
+            ]
+            screen.print_table(("depth", "needles", "found", "lp"), rows, gap=True)
 
 
 def intervals(seed: int) -> str:
@@ -234,6 +277,13 @@ def _perplexity_lines(found: Perplexity) -> Iterator[tuple[str, str]]:
         f"{found.scored_tokens:,} in {found.windows} windows of {found.window}; "
         f"resampled: {found.resampled}",
     )
+
+
+def _needle_lines(found: Retrieval) -> Iterator[tuple[str, str]]:
+    share_found = share(found.found / found.needles, found.found_interval)
+    yield "needles", f"found {found.found} of {found.needles}, {share_found}"
+    yield "lp of needles", f"{figure(found.log_prob, found.log_prob_interval)} nats"
+    yield "haystacks", f"{found.context:,} tokens of {found.text}"
 
 
 def _divergence_lines(found: Divergence) -> Iterator[tuple[str, str]]:

@@ -18,15 +18,16 @@ from lacewing.compress.decoder import Block, Decoder
 from lacewing.compress.path import tokens_at_once
 from lacewing.errors import RecipeError
 
-__all__ = ["channel_scores", "find_labels"]
+__all__ = ["Progress", "channel_scores", "check_finite", "find_labels"]
+
+Progress = Callable[[str, float], None]
+"""Called with what was done, and how much work it was: in windows sent through a block."""
 
 _CODES = 127
 """The largest code of a label."""
 
 
-def find_labels(
-    decoder: Decoder, windows: Tensor, r: int, progress: Callable[[str], None]
-) -> Labels:
+def find_labels(decoder: Decoder, windows: Tensor, r: int, progress: Progress) -> Labels:
     """The r channels of every head, ascending, and their scales: max |k[c]| / 127.
 
     windows: token ids, int64 `[windows, tokens]`. Raises RecipeError, naming the layer, for keys or
@@ -35,12 +36,12 @@ def find_labels(
     channels, scales = [], []
     x = decoder.embed(windows, decoder.embedding())
     for index in range(decoder.spec.n_layers):
-        block = decoder.block(index)
-        score, largest = _measure(block, x)
+        with torch.no_grad():
+            score, largest = _measure(decoder.block(index), x)
         chosen = score.topk(r).indices.sort().values
         channels.append(chosen)
         scales.append(largest.gather(1, chosen) / _CODES)
-        progress(f"labels of layer {index}")
+        progress(f"labels of layer {index}", len(windows))
     found = np.ascontiguousarray(torch.stack(channels).numpy(), np.int32)
     # A channel that was zero on all of the text has labels of zero under any scale.
     tiny = torch.finfo(torch.float32).tiny
@@ -53,7 +54,7 @@ def _measure(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     for part in tokens_at_once(*x.shape[:2]):
         h = block.attention_input(x[part])
         q, k, v = block.project(h)
-        check_finite(block, q, k, v)
+        check_finite(f"model.layers.{block.index}.self_attn", q, k, v)
         scores.append(channel_scores(q, k) * len(k))
         largest.append(k.abs().amax((0, 2)))
         y = block.add_attention(x[part], block.mix(q, k, v))
@@ -68,11 +69,10 @@ def channel_scores(q: Tensor, k: Tensor) -> Tensor:
     return (grouped * k[:, :, None]).abs().mean((0, 2, 3))
 
 
-def check_finite(block: Block, *tensors: Tensor) -> None:
-    """Raises RecipeError unless all that this block's attention has made is finite."""
+def check_finite(where: str, *tensors: Tensor) -> None:
+    """Raises RecipeError, naming the part of the model, unless all that it gave is finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise RecipeError(
-            f"`model.layers.{block.index}.self_attn`: needs finite queries, keys and values, got"
-            " NaN or infinity",
+            f"`{where}`: needs finite activations, got NaN or infinity",
             hint="the model overflows on the calibration text: is it damaged?",
         )

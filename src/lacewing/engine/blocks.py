@@ -95,10 +95,6 @@ class BlockManager:
         """Makes `tables` own the blocks that a sequence of `tokens` tokens needs while its next
         `rows` are computed (None: a step's most). False, and no change, if blocks lack. What it
         owns beyond that goes back."""
-        if not tables.tables:
-            count = len(self.stores)
-            tables.tables = [array("i") for _ in range(count)]
-            tables.spare, tables.kept = ([[] for _ in range(count)] for _ in range(2))
         rows = min(tokens, self.step_tokens if rows is None else rows)
         missing = [
             store.peak(tokens, rows) - len(self.owned(tables, i))
@@ -106,6 +102,9 @@ class BlockManager:
         ]
         if any(want > len(free) for want, free in zip(missing, self._free, strict=True)):
             return False
+        if not tables.tables:
+            tables.tables = [array("i") for _ in self.stores]
+            tables.spare, tables.kept = [[] for _ in self.stores], [[] for _ in self.stores]
         for want, free, spare in zip(missing, self._free, tables.spare, strict=True):
             for _ in range(want):
                 spare.append(free.pop())

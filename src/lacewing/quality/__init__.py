@@ -1,4 +1,5 @@
-"""How good a model is: perplexity, items with an answer, divergence from a reference.
+"""How good a model is: perplexity, items with an answer, needles in a haystack, divergence from a
+reference.
 
     from lacewing.engine.scorer import LLMScorer
     from lacewing.quality import Text, evaluate, read_items
@@ -28,6 +29,7 @@ from lacewing.quality.diff import (
 )
 from lacewing.quality.divergence import Against, Divergence, Place, Range, check_same_tokens
 from lacewing.quality.items import Accuracy, Choice, Items, LastWord, read_items
+from lacewing.quality.needles import Depth, Needle, Needles, Retrieval
 from lacewing.quality.scorer import Scorer
 from lacewing.quality.text import Advance, Perplexity, Text, windows
 
@@ -36,15 +38,19 @@ __all__ = [
     "Against",
     "Answers",
     "Choice",
+    "Depth",
     "Divergence",
     "Flips",
     "Interval",
     "Items",
     "LastWord",
+    "Needle",
+    "Needles",
     "Parting",
     "Perplexity",
     "Place",
     "Range",
+    "Retrieval",
     "Scorer",
     "Text",
     "check_same_tokens",
@@ -57,7 +63,7 @@ __all__ = [
     "windows",
 ]
 
-Task = Text | Items | Against
+Task = Text | Items | Needles | Against
 
 
 def evaluate(
@@ -66,7 +72,7 @@ def evaluate(
     seed: int = 0,
     progress: Advance | None = None,
 ) -> list[Any]:
-    """The result of each task: `Perplexity`, `Accuracy` or `Divergence`.
+    """The result of each task: `Perplexity`, `Accuracy`, `Retrieval` or `Divergence`.
 
     seed: of the intervals. progress: called with (work done of a task, its work in all, a word).
     Raises RequestError.

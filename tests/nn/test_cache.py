@@ -1,0 +1,368 @@
+"""The engine's KV cache in models of transformers: nearly their own attention in float64, the same
+whatever stands beside a sequence, and an error for what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_transformers import VOCABULARY, prompt, tiny, torch, transformers
+
+from lacewing.errors import LacewingError, RequestError
+
+try:
+    from lacewing.nn.cache import LacewingCache, attend, describe_mask
+except LacewingError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers about itself
+
+LENGTH = 40  # of prompts: beyond the windows, and blocks of 16
+MODELS = ("llama", "qwen2", "gemma3", "gpt2")
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def model_of(name: str, attention: str = "lacewing") -> Any:
+    made = tiny(name)
+    made.set_attn_implementation(attention)
+    return made
+
+
+def logits(model: Any, tokens: Any, made: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(input_ids=tokens, past_key_values=made, use_cache=True, **options).logits
+
+
+def ours(name: str, tokens: Any, kv: str = "f32", **options: Any) -> Any:
+    model = model_of(name)
+    return logits(model, tokens, LacewingCache(model.config, kv), **options)
+
+
+def root_mean_square(x: Any) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+# -- What comes out -------------------------------------------------------------------------------
+
+
+@every_model
+def test_as_near_to_float64_as_pytorch(name: str) -> None:
+    """At most twice PyTorch's own error in float32, in which the other layers have their part."""
+    tokens = prompt(2, LENGTH)
+    model, reference = tiny(name), tiny(name).double()
+    reference.set_attn_implementation("eager")
+    truth = logits(reference, tokens, None)
+    theirs = root_mean_square(logits(model, tokens, None) - truth)
+    assert root_mean_square(ours(name, tokens, "f32") - truth) <= 2 * theirs
+
+
+@pytest.mark.parametrize(("kv", "step"), [("f16", 2.0**-11), ("bf16", 2.0**-8), ("int8", 1 / 127)])
+@every_model
+def test_narrow_codecs_are_near(name: str, kv: str, step: float) -> None:
+    """A stored number is off by half a step of the largest of its token at most, and the logits by
+    no more than a few of them."""
+    tokens = prompt(2, LENGTH)
+    full = ours(name, tokens, "f32")
+    error = root_mean_square(ours(name, tokens, kv) - full) / root_mean_square(full)
+    assert 0 < error < 4 * step
+
+
+@every_model
+def test_token_by_token_is_the_prompt_at_once(name: str) -> None:
+    """To float accuracy: PyTorch's products of one row have other bits than those of many."""
+    tokens, model = prompt(1, LENGTH), model_of(name)
+    whole = ours(name, tokens, "f32")
+    made = LacewingCache(model.config, "f32")
+    for i in range(LENGTH):
+        found = logits(model, tokens[:, i : i + 1], made)
+        assert made.get_seq_length() == i + 1
+        assert torch.allclose(
+            found[:, 0], whole[:, i], rtol=0, atol=1e-4 * float(whole.abs().max())
+        )
+
+
+def test_attention_itself_has_the_same_bits_in_steps() -> None:
+    module = torch.nn.Module()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, LENGTH, 16) for heads in (4, 2, 2))
+    config = model_of("llama").config
+
+    def run(cuts: list[int]) -> Any:
+        made, found, done = LacewingCache(config, "int8"), [], 0
+        for count in cuts:
+            span = slice(done, done + count)
+            mask = describe_mask(2, count, done + count, q_offset=done, local_size=9,
+                                 mask_function=sliding(9))  # fmt: skip
+            keys, values = made.update(k[:, :, span], v[:, :, span], 0)
+            found.append(attend(module, q[:, :, span], keys, values, mask)[0])
+            done += count
+        return torch.cat(found, 1)
+
+    assert torch.equal(run([LENGTH]), run([1] * LENGTH))
+    assert torch.equal(run([LENGTH]), run([17, 1, LENGTH - 18]))
+
+
+def sliding(window: int) -> Any:
+    return transformers.masking_utils.sliding_window_causal_mask_function(window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_floats(dtype: Any) -> None:
+    tokens = prompt(1, LENGTH)
+    model = tiny("llama").to(dtype)
+    model.set_attn_implementation("lacewing")
+    found = logits(model, tokens, LacewingCache(model.config))
+    assert found.dtype == dtype
+    full = ours("llama", tokens)
+    near = 10 * torch.finfo(dtype).eps
+    assert root_mean_square(found - full) < near * root_mean_square(full)
+
+
+@every_model
+def test_left_padding_changes_nothing(name: str) -> None:
+    model = model_of(name)
+    long, short = prompt(1, LENGTH), prompt(1, LENGTH - 11, seed=8)
+    tokens = torch.cat([long, torch.nn.functional.pad(short, (11, 0))])
+    mask = torch.ones_like(tokens)
+    mask[1, :11] = 0
+    options = {"max_new_tokens": 12, "do_sample": False}
+    together = model.generate(
+        tokens, attention_mask=mask, past_key_values=LacewingCache(model.config, "int8"), **options
+    )
+    for row, one in zip(together, (long, short), strict=True):
+        alone = model.generate(
+            one,
+            attention_mask=torch.ones_like(one),
+            past_key_values=LacewingCache(model.config, "int8"),
+            **options,
+        )
+        assert torch.equal(row[-12:], alone[0, -12:])
+
+
+@every_model
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 3, "do_sample": True},
+    ],
+    ids=["beams", "two-beams", "lookup", "samples"],
+)
+def test_generate_as_pytorch_does(name: str, options: dict[str, Any]) -> None:
+    tokens = prompt(1, 24).repeat(1, 2)  # repeats: there is something to look up
+    tokens = tokens[:, :LENGTH]
+    found = []
+    for attention in ("lacewing", "sdpa"):
+        torch.manual_seed(1)
+        model = tiny(name)
+        model.set_attn_implementation(attention)
+        made = LacewingCache(model.config, "f32") if attention == "lacewing" else None
+        found.append(
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=made,
+                max_new_tokens=14,
+                **{"do_sample": False, **options},
+            )
+        )
+    assert torch.equal(*found)
+
+
+# -- The cache ------------------------------------------------------------------------------------
+
+
+def test_crop_and_reset() -> None:
+    model, tokens = model_of("gemma3"), prompt(1, LENGTH)
+    made = LacewingCache(model.config, "f16")
+    first = logits(model, tokens, made)
+    again = logits(model, tokens[:, -1:], _cropped(made, -1))
+    assert torch.allclose(again[:, 0], first[:, -1], atol=1e-4 * float(first.abs().max()))
+    assert made.get_seq_length() == LENGTH
+    made.crop(0)
+    assert made.get_seq_length() == LENGTH
+    with pytest.raises(RequestError, match="a negative number, got 3"):
+        made.crop(3)
+    assert made.bytes > 0
+    made.reset()
+    assert (made.get_seq_length(), made.bytes) == (0, 0)
+    assert torch.equal(logits(model, tokens, made), first)
+
+
+def _cropped(made: Any, tokens: int) -> Any:
+    made.crop(tokens)
+    return made
+
+
+def test_batch_verbs() -> None:
+    model, tokens = model_of("llama"), prompt(2, LENGTH)
+    whole = ours("llama", tokens)
+
+    def after(change: Any) -> Any:
+        made = LacewingCache(model.config, "f32")
+        logits(model, tokens[:, :-1], made)
+        change(made)
+        return made
+
+    for change, rows in (
+        (lambda made: made.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda made: made.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda made: made.batch_select_indices(torch.tensor([False, True])), [1]),
+        (lambda made: made.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+    ):
+        found = logits(model, tokens[rows, -1:], after(change))
+        expected = whole[rows, -1]
+        assert torch.allclose(found[:, 0], expected, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_no_mask_of_the_context_is_made() -> None:
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    assert describe_mask(2, 3, 9, q_offset=6, attention_mask=mask).tolist() == [
+        [0, 0, 9],
+        [4, 0, 9],
+    ]
+    found = describe_mask(1, 9, 9, local_size=4, mask_function=sliding(4))
+    assert found.tolist() == [[0, 4, 9]]
+
+
+# -- Wrong use ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_attention_gets_no_keys(attention: str) -> None:
+    model = tiny("llama")
+    model.set_attn_implementation(attention)
+    with pytest.raises(RequestError, match="read by its own attention") as error:
+        logits(model, prompt(), LacewingCache(model.config))
+    assert error.value.hint == 'model.set_attn_implementation("lacewing")'
+
+
+@pytest.mark.parametrize("made", [None, transformers.DynamicCache()])
+def test_another_cache_gets_no_attention(made: Any) -> None:
+    with pytest.raises(RequestError, match="attends in a LacewingCache alone"):
+        logits(model_of("llama"), prompt(), made)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[1, 1, 1, 0]],
+        [[1, 0, 1, 1]],
+        [[0, 1, 0, 1]],
+        torch.ones(1, 1, 4, 4).tril().bool().tolist(),
+    ],
+    ids=["right", "hole", "two", "four-dimensional"],
+)
+def test_masks_that_are_not_there(mask: list[Any]) -> None:
+    tokens = prompt(1, 4)
+    with pytest.raises(RequestError, match="attention in a LacewingCache"):
+        ours("llama", tokens, attention_mask=torch.tensor(mask))
+
+
+@pytest.mark.parametrize("length", [4, 7, 8, 11, 12])
+def test_patterns_that_are_not_there(length: int) -> None:
+    functions = transformers.masking_utils
+    chunked = functions.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+    both = functions.bidirectional_mask_function
+    for function, size in ((chunked, 4), (both, None)):
+        if length == 4 and function is chunked:
+            continue  # the first chunk: nothing tells it from causal, and nothing has to
+        with pytest.raises(RequestError, match="causal, with or without a sliding window"):
+            describe_mask(1, length, length, mask_function=function, local_size=size)
+    with pytest.raises(RequestError, match="packed sequences"):
+        describe_mask(1, length, length, allow_is_causal_skip=False)
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
+def test_attention_that_is_not_there(option: str) -> None:
+    made = LacewingCache(model_of("llama").config)
+    states = torch.zeros(1, 2, 3, 16)
+    keys, values = made.update(states, states, 0)
+    with pytest.raises(RequestError, match=f"has no {option}"):
+        attend(torch.nn.Module(), states, keys, values, describe_mask(1, 3, 3), **{option: 30.0})
+    for options in ({"dropout": 0.1}, {"is_causal": False}):
+        with pytest.raises(RequestError, match="is causal and without dropout"):
+            attend(torch.nn.Module(), states, keys, values, describe_mask(1, 3, 3), **options)
+    assert made.get_seq_length() == 0
+
+
+def test_gemma2_and_gpt_oss_say_what_is_missing() -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 16, "pad_token_id": 0}  # fmt: skip
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).eval()
+    gemma.set_attn_implementation("lacewing")
+    with pytest.raises(RequestError, match="has no softcap"):
+        logits(gemma, prompt(), LacewingCache(gemma.config))
+
+
+def test_no_gradient() -> None:
+    model = model_of("llama")
+    with pytest.raises(RequestError, match="has no gradient"):
+        model(input_ids=prompt(), past_key_values=LacewingCache(model.config))
+
+
+@pytest.mark.parametrize("kv", ["int7", "topk:1/16", "int8_sp70", ""])
+def test_a_codec_that_is_not_there(kv: str) -> None:
+    with pytest.raises(RequestError, match="kv must be one of"):
+        LacewingCache(model_of("llama").config, kv)
+
+
+def test_layers_that_are_not_there() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(RequestError, match=r"full_attention or sliding_attention, got .'linear"):
+        LacewingCache(config)
+
+
+def test_layers_of_different_lengths() -> None:
+    model, tokens = model_of("llama"), prompt(1, 6)
+    made = LacewingCache(model.config)
+    logits(model, tokens, made)
+    made.layers[1].crop(-2)
+    with pytest.raises(RequestError, match="must have the same length, got 5 and 7 tokens"):
+        logits(model, tokens[:, :1], made)
+
+
+def test_another_batch() -> None:
+    model = model_of("llama")
+    made = LacewingCache(model.config)
+    logits(model, prompt(2), made)
+    with pytest.raises(RequestError):
+        logits(model, prompt(3), made)
+
+
+def test_numbers_that_are_not_float() -> None:
+    made = LacewingCache(model_of("llama").config)
+    states = torch.zeros(1, 2, 3, 16)
+    for keys, values in ((states.int(), states.int()), (states.double(), states.double())):
+        with pytest.raises(RequestError, match="of float32, bfloat16 or float16"):
+            made.update(keys, values, 0)
+    with pytest.raises(RequestError, match="must have the same shape"):
+        made.update(states, states[..., :8], 0)
+
+
+def test_a_hole_in_the_numbers_is_kept_out() -> None:
+    """NaN in one sequence stays there."""
+    made = LacewingCache(model_of("llama").config, "f32")
+    states = torch.ones(2, 2, 3, 16)
+    broken = states.clone()
+    broken[0] = np.nan
+    keys, values = made.update(broken, states, 0)
+    found, _ = attend(torch.nn.Module(), states, keys, values, describe_mask(2, 3, 3))
+    assert torch.isfinite(found[1]).all()
