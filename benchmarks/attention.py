@@ -18,7 +18,7 @@ from typing import Any
 import harness
 
 TORCH = {"torch bf16": "bfloat16", "torch f32": "float32"}
-BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "torch bf16": 2, "torch f32": 4}
+TORCH_BYTES = {"torch bf16": 2, "torch f32": 4}
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--decode", nargs="*", type=int, default=[4096, 16384, 65536])
     parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 8192])
-    parser.add_argument("--kv", nargs="+", default=["f16", "bf16", "f32", "int8"])
+    parser.add_argument("--kv", nargs="+", default=["f16", "bf16", "int8", "int4", "int8_sp70"])
     parser.add_argument("--topk", nargs="*", default=[], metavar="1/16", help="of the blocks read")
     parser.add_argument("--megabytes", type=int, default=1024)
     harness.add_common_arguments(parser)
@@ -75,7 +75,10 @@ def measure(
     for turn in range(args.rounds):
         roofs.append(_C.read_bandwidth(args.megabytes << 20, args.threads, None, 0.1))
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            one = 2 * args.kv_heads * tokens * d * BYTES[name]
+            if name in TORCH:
+                one = 2 * args.kv_heads * tokens * d * TORCH_BYTES[name]
+            else:
+                one = args.kv_heads * -(-tokens // 16) * _C.kv_block_bytes(name, d)
             layers = 1 if rows > 1 else max(1, (args.megabytes << 20) // one)
             if name in TORCH:
                 assert torch

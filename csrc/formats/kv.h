@@ -1,6 +1,6 @@
 // KV cache codecs: how the keys and values of 16 tokens and one head lie in a block, how one token
-// is stored, and how attention reads them. A codec knows no loop, no thread and no ISA. Many queries
-// at once read blocks of the codec `Expanded`; void: the blocks as they are.
+// is stored, and how attention reads them. A codec knows no loop, no thread and no ISA. Many
+// queries at once read blocks of the codec `Expanded`; void: the blocks as they are.
 //
 //   f16, f32  K [head_dim][16] (lanes are tokens), V [16][pad16(head_dim)]
 //   bf16      K [pad2(head_dim)/2][16][2], V [8][pad16(head_dim)][2]: pairs of inputs, of tokens
@@ -144,8 +144,9 @@ using F16Kv = FloatKv<F16>;
 using Bf16Kv = FloatKv<Bf16Number>;
 using F32Kv = FloatKv<F32>;
 
-// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order; of four
-// tokens, `fours` = 0..3, the values' next `chunks` of 16 columns in order, then `skip(chunks)`.
+// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order; of
+// four tokens, `fours` = 0..3, the values' next `chunks` of 16 columns in order, then
+// `skip(chunks)`.
 struct DenseKeys {
   const uint8_t* at;
   template <class S>

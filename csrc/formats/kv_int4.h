@@ -1,10 +1,11 @@
-// The KV cache codec of 4 bits, sealed from int8: numbers are scale * code + minimum, per channel of
-// the block's 16 tokens for keys, per token for values (KIVI, arXiv 2402.02750).
+// The KV cache codec of 4 bits, sealed from int8: numbers are scale * code + minimum, per channel
+// of the block's 16 tokens for keys, per token for values (KIVI, arXiv 2402.02750).
 //
 //   int4  V scales f16 [16], V minima f16 [16]: 64 bytes;
 //         K scales f16 [pad16(head_dim)], K minima f16 [pad16(head_dim)];
 //         K codes, as the vectors of the int8 block, two in the low and high nibbles of 64 bytes:
-//         [pad8(head_dim)/8][16][4]; V codes likewise, of tokens t and t + 4: [2][pad16(head_dim)][4]
+//         [pad8(head_dim)/8][16][4]; V codes likewise, of tokens t and t + 4:
+//         [2][pad16(head_dim)][4]
 //
 // Parts begin at multiples of 64 bytes.
 #pragma once
@@ -104,9 +105,9 @@ struct Int4Kv {
     float row[16];
     for (int t = 0; t < 16; ++t) row[t] = static_cast<float>(from[4 * t] - 128);
     const auto keys = S::mul(S::load(row), Int8Kv::key_scales<S>(growing));
-    const Steps steps = store_steps<S>(-S::hmax(S::neg(keys)), S::hmax(keys),
-                                       block + key_scales_at() + 2 * c,
-                                       block + key_minima_at(head_dim) + 2 * c);
+    const Steps steps =
+        store_steps<S>(-S::hmax(S::neg(keys)), S::hmax(keys), block + key_scales_at() + 2 * c,
+                       block + key_minima_at(head_dim) + 2 * c);
     int8_t codes[16];
     S::store_i8(codes, round<S>(keys, steps));
     uint8_t* to = block + keys_at(head_dim) + c / 8 * 64 + c % 4;

@@ -1,5 +1,5 @@
-// Sealed KV cache codecs: of every token's int8 keys, and of its values, the same number of codes is
-// kept, those of the largest magnitude, ties: the first ones (MUSTAFAR, arXiv 2505.22913).
+// Sealed KV cache codecs: of every token's int8 keys, and of its values, the same number of codes
+// is kept, those of the largest magnitude, ties: the first ones (MUSTAFAR, arXiv 2505.22913).
 //
 //   int8_sp<p>  the scales of the int8 block, f16 [2][16]: 64 bytes;
 //               K codes that are kept, 16 x keep, keep = ceil((1 - p / 100) head_dim);

@@ -4,8 +4,9 @@
 // Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
 // cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
-// f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
-// computed for one query depends on its own tokens only, never on its neighbours:
+// f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8,
+// weights 15 bits. What is computed for one query depends on its own tokens only, never on its
+// neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
 //   - a token outside a query's range has score -inf, weight 0, and leaves every sum as it is
@@ -240,8 +241,8 @@ class Tile {
       else if constexpr (std::is_void_v<typename Kv::Expanded>)
         attend_span<false, Kv>(part, span);
       else
-        attend_span<false, typename Kv::Expanded>(
-            part, expand_span<S, Kv>(span, a_.head_dim, wide_));
+        attend_span<false, typename Kv::Expanded>(part,
+                                                  expand_span<S, Kv>(span, a_.head_dim, wide_));
       begin = span.end;
     }
   }

@@ -7,10 +7,10 @@
 #include "formats/kv.h"
 #include "formats/kv_int4.h"
 #include "formats/kv_sparse.h"
-#include "ops/attention_codes.h"
 #include "ops/elementwise.h"
 #include "ops/limits.h"
 #include "ops/math.h"
+#include "ops/quantize_rows.h"
 
 namespace lacewing {
 namespace {
@@ -117,8 +117,8 @@ inline void score_floats(const Queries& queries, const Span& span, int b, int64_
 // scales and rounded anew; a code stands for code - 8, so its middle joins the minimum.
 template <int N>
 struct BlockQueries {
-  alignas(64) int8_t codes[N * kMaxHeadDim];
-  alignas(64) float scaled[kMaxHeadDim];  // one query before it is rounded
+  alignas(64) int8_t codes[N * kMaxHeadDim];  // [N][kMaxHeadDim]
+  alignas(64) float scaled[N * kMaxHeadDim];  // [N][pad16(head_dim)]
   float scales[N], minima[N];
   int32_t sums[N];
 };
@@ -127,17 +127,32 @@ template <class S, class Kv, int N>
 inline void scale_queries(const Queries& queries, const uint8_t* block, int64_t head_dim,
                           BlockQueries<N>& to) {
   const int64_t pitch = pad_to(head_dim, 16);
-  for (int q = 0; q < N; ++q) {
-    auto minimum = S::zero();
-    for (int64_t c = 0; c < pitch; c += 16) {
+  typename S::F32x16 minima[N], largest[N];
+  for (int q = 0; q < N; ++q) minima[q] = largest[q] = S::zero();
+  for (int64_t c = 0; c < pitch; c += 16) {
+    const auto scales = Kv::template channel_scales<S>(block, c);
+    const auto middles =
+        S::fma(scales, S::set1(8.0f), Kv::template channel_minima<S>(block, head_dim, c));
+#pragma GCC unroll 12
+    for (int q = 0; q < N; ++q) {
       const auto query = S::load(queries.values + q * pitch + c);
-      const auto scales = Kv::template channel_scales<S>(block, c);
-      const auto minima = Kv::template channel_minima<S>(block, head_dim, c);
-      S::store(to.scaled + c, S::mul(query, scales));
-      minimum = S::fma(query, S::fma(scales, S::set1(8.0f), minima), minimum);
+      const auto scaled = S::mul(query, scales);
+      S::store(to.scaled + q * pitch + c, scaled);
+      minima[q] = S::fma(query, middles, minima[q]);
+      largest[q] = S::max(S::abs(scaled), largest[q]);
     }
-    to.scales[q] = query_codes<S>(to.scaled, head_dim, N, to.codes + 4 * q, to.sums + q);
-    to.minima[q] = S::sum(minimum);
+  }
+  for (int q = 0; q < N; ++q) {
+    const auto [inverse, step] = steps_of(S::hmax(largest[q]));
+    auto sum = S::set1_i32(0);
+    for (int64_t c = 0; c < pitch; c += 16) {
+      const auto codes = to_codes<S>(S::load(to.scaled + q * pitch + c), inverse);
+      S::store_i8(to.codes + q * kMaxHeadDim + c, codes);
+      sum = S::add_i32(sum, codes);
+    }
+    to.scales[q] = step;
+    to.minima[q] = S::sum(minima[q]);
+    to.sums[q] = S::sum_i32(sum);
   }
 }
 
@@ -167,10 +182,11 @@ inline void score_codes(const Queries& queries, const Span& span, int b, int64_t
   for (int64_t d = 0; d < steps; ++d) {
 #pragma GCC unroll 4
     for (int i = 0; i < Blocks; ++i) {
-      const int8_t* x = (Kv::kMinima ? own[i].codes : queries.codes) + d * 4 * N;
+      const int8_t* x = Kv::kMinima ? own[i].codes + 4 * d : queries.codes + 4 * N * d;
       const auto codes = keys[i].template next<S>();
 #pragma GCC unroll 12
-      for (int q = 0; q < N; ++q) Dot::step(sums[i][q], codes, x + 4 * q);
+      for (int q = 0; q < N; ++q)
+        Dot::step(sums[i][q], codes, x + q * (Kv::kMinima ? kMaxHeadDim : 4));
     }
   }
 #pragma GCC unroll 4

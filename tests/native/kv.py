@@ -42,9 +42,9 @@ def pruned(codes: Array, percent: int) -> Array:
 
 
 def weight_step(weight: Array, scale: Array) -> Array:
-    """[rows, tokens]: how far a softmax weight times the value's scale [tokens] may be from the code
-    of 15 bits that multiplies integer values: half a step, and a step is at most 2^-14 of the largest
-    product among the row's 128 tokens."""
+    """[rows, tokens]: how far a softmax weight times the value's scale [tokens] may be from the
+    code of 15 bits that multiplies integer values: half a step, and a step is at most 2^-14 of the
+    largest product among the row's 128 tokens."""
     product = weight * scale
     largest = np.zeros_like(product)
     for begin in range(0, product.shape[1], 128):

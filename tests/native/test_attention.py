@@ -181,7 +181,8 @@ def test_tiny_and_zero_numbers_in_integers(isa: str, kv: str) -> None:
     v[:], k[3] = 1e-9, 0
     assert (_C.attention(q, k, v, table, 0.25, 0, isa, kv) == 0).all()
     v[:] = 127
-    assert (_C.attention(q * 0, k, v, table, 0.25, 0, isa, kv) == values(kv, v[:1]).number[0, 0]).all()
+    expected = values(kv, v[:1]).number[0, 0]
+    assert (_C.attention(q * 0, k, v, table, 0.25, 0, isa, kv) == expected).all()
 
 
 @pytest.mark.parametrize("kv", ["int8_sp50", "int8_sp70"])
@@ -232,8 +233,15 @@ def test_lengths_around_block_borders(
 
 def test_block_bytes(isa: str) -> None:
     sizes = {kv: _C.kv_block_bytes(kv, 64) for kv in _C.KV_FORMATS}
-    assert sizes == {"f16": 4096, "bf16": 4096, "f32": 8192, "int8": 2112, "int4": 1344, "int8_sp50": 1344,
-                     "int8_sp70": 960}  # fmt: skip
+    assert sizes == {
+        "f16": 4096,
+        "bf16": 4096,
+        "f32": 8192,
+        "int8": 2112,
+        "int4": 1344,
+        "int8_sp50": 1344,
+        "int8_sp70": 960,
+    }
     assert all(_C.kv_block_bytes(kv, d) % 64 == 0 for kv in sizes for d in range(1, 100))
 
 
