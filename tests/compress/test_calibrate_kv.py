@@ -349,6 +349,15 @@ def test_more_budget_costs_less(model, text, tmp_path):
     assert losses[0] > losses[1] > losses[2] == 0
 
 
+def test_the_least_budget_that_is_said_is_met(model, text, tmp_path):
+    for window, least in ((512, 0.1563), (384, 0.2084), (272, 0.2942)):
+        short = {"tokens": window, "window": window}
+        with pytest.raises(RecipeError, match=f"at least {least} at {window} tokens"):
+            calibrate_kv(model, [text], tmp_path / "plan", budget=least - 1e-4, **short)
+        found = calibrate_kv(model, [text], tmp_path / f"{window}", budget=least, **short)
+        assert found.plan.spans == [[Span(16, 64)] * 2] * 2
+
+
 def test_labels_alone(model, text, tmp_path):
     found = calibrate_kv(model, [text], tmp_path / "plan", labels=8, **SHORT)
     plan = KvPlan.load(tmp_path / "plan")
@@ -362,7 +371,7 @@ def test_labels_alone(model, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says", "hint"),
     [
-        ({"budget": 0.05}, "budget: needs at least 0.1562 at 512 tokens", "longer --window"),
+        ({"budget": 0.05}, "budget: needs at least 0.1563 at 512 tokens", "longer --window"),
         ({"budget": 0.0}, "above 0 and at most 1", None),
         ({"budget": 1.5}, "above 0 and at most 1", None),
         ({"budget": float("nan")}, "above 0 and at most 1", None),
@@ -409,4 +418,6 @@ def test_a_model_in_the_way_stays(model, text, tmp_path):
     with pytest.raises(RecipeError, match="needs a file to write"):
         calibrate_kv(model, [text], **SHORT)
     with pytest.raises(CheckpointError, match="something else"):
-        calibrate_kv(model, [text], model / "config.json", force=True, **SHORT)
+        calibrate_kv(
+            model, [text], model / "config.json", force=True, progress=pytest.fail, **SHORT
+        )
