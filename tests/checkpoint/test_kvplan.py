@@ -133,6 +133,17 @@ def test_a_plan_by_hand(tmp_path: Path) -> None:
     assert plan.labels is None
 
 
+def test_the_plan_in_the_guide(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "calibrate-kv.md"
+    path = tmp_path / "plan"
+    path.write_text(guide.read_text().split("```json\n")[1].split("```")[0])
+    plan = KvPlan.load(path)
+    assert plan.spans is not None
+    assert plan.spans[1] == [Span(16, 64, 4, 1), Span(0, 1024)]
+    assert plan.labels is not None
+    assert plan.labels.channels.shape == (2, 2, 4)
+
+
 def test_a_layer_is_a_line(tmp_path: Path) -> None:
     KvPlan(spans=[[EVERYTHING, Span(16, 64)]] * 3).save(tmp_path / "plan")
     line = '[null, {"sinks": 16, "window": 64}]'

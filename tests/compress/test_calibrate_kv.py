@@ -66,7 +66,8 @@ def test_labels_of_a_model_with_planted_rows():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_no_label_is_clipped_on_the_text(name):
+def test_no_label_is_clipped_on_the_text(name, monkeypatch):
+    monkeypatch.setattr("lacewing.compress.path._AT_ONCE", 24)  # a window at a time
     decoder, ids = decoder_of(name), windows_of(3)
     labels = find_labels(decoder, ids, 8, quiet)
     x = decoder.embed(ids, decoder.embedding())
@@ -79,6 +80,15 @@ def test_no_label_is_clipped_on_the_text(name):
                 codes /= torch.from_numpy(labels.scales[index, head])
                 torch.testing.assert_close(codes, torch.full((8,), 127.0))
             x = block(x)
+
+
+def test_windows_count_alike(monkeypatch):
+    decoder, ids = decoder_of("llama"), windows_of(5)
+    at_once = find_labels(decoder, ids, 8, quiet)
+    monkeypatch.setattr("lacewing.compress.path._AT_ONCE", 48)  # 2, 2 and 1
+    in_parts = find_labels(decoder, ids, 8, quiet)
+    assert (at_once.channels == in_parts.channels).all()
+    np.testing.assert_allclose(at_once.scales, in_parts.scales, rtol=1e-5)
 
 
 def test_a_channel_that_is_always_zero_has_a_scale_too():
@@ -179,21 +189,27 @@ def test_the_gradient_is_that_of_autograd(name, monkeypatch):
         assert float((slope - expected).abs().max()) < 1e-3 * scale
 
 
-def test_losses_are_a_mean_of_halves_of_squares():
-    """Of one layer: both windows as one by one, and a gradient that is known."""
-    decoder, ids = decoder_of("llama"), windows_of(2, 128)
-    both = span_losses(decoder, ids, (16, 64), 0, quiet)
+def test_the_square_is_of_a_head_group_and_a_token():
     q, k, v = noise(6, 128, 16), noise(2, 128, 16, seed=1), noise(2, 128, 16, seed=2)
     g = noise(6, 128, 16, seed=3)
     squares = influence._squares(q, k, v, g, [16, 64])
-    change = naive(q, k, v, Span(16, 16)) - naive(q, k, v, EVERYTHING)
-    expected = (change * g.unflatten(0, (2, -1))).sum((1, 3)).square().sum(1)
-    np.testing.assert_allclose(squares[:, 0], expected, rtol=1e-4)
-    assert both.shape == (3, 2, 2)
-    assert (both > 0).all()
-    assert (both[:, :, 0] > both[:, :, 1]).all()
-    first = span_losses(decoder, ids[:1], (16, 64), 0, quiet)
-    assert 0.2 < (first / both).mean() < 5
+    for number, length in enumerate((16, 64)):
+        change = naive(q, k, v, Span(16, length)) - naive(q, k, v, EVERYTHING)
+        expected = (change * g.unflatten(0, (2, -1))).sum((1, 3)).square().sum(1)
+        np.testing.assert_allclose(squares[:, number], expected, rtol=1e-4)
+
+
+def test_a_loss_is_half_the_mean_over_tokens(monkeypatch):
+    monkeypatch.setattr(influence, "_squares", lambda *given: np.full((2, 2), 48.0))
+    losses = span_losses(decoder_of("llama"), windows_of(3, 32), (16, 64), 0, quiet)
+    np.testing.assert_allclose(losses, np.full((3, 2, 2), 48 / (2 * 32)))
+
+
+def test_longer_windows_cost_less():
+    losses = span_losses(decoder_of("llama"), windows_of(2, 128), (16, 64, 128), 0, quiet)
+    assert (losses[:, :, 0] > losses[:, :, 1]).all()
+    assert (losses[:, :, 1] > 0).all()
+    assert (losses[:, :, 2] == 0).all()
 
 
 def test_the_loss_predicts_the_divergence():
@@ -333,6 +349,15 @@ def test_more_budget_costs_less(model, text, tmp_path):
     assert losses[0] > losses[1] > losses[2] == 0
 
 
+def test_the_least_budget_that_is_said_is_met(model, text, tmp_path):
+    for window, least in ((512, 0.1563), (384, 0.2084), (272, 0.2942)):
+        short = {"tokens": window, "window": window}
+        with pytest.raises(RecipeError, match=f"at least {least} at {window} tokens"):
+            calibrate_kv(model, [text], tmp_path / "plan", budget=least - 1e-4, **short)
+        found = calibrate_kv(model, [text], tmp_path / f"{window}", budget=least, **short)
+        assert found.plan.spans == [[Span(16, 64)] * 2] * 2
+
+
 def test_labels_alone(model, text, tmp_path):
     found = calibrate_kv(model, [text], tmp_path / "plan", labels=8, **SHORT)
     plan = KvPlan.load(tmp_path / "plan")
@@ -346,7 +371,7 @@ def test_labels_alone(model, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says", "hint"),
     [
-        ({"budget": 0.05}, "budget: needs at least 0.1562 at 512 tokens", "longer --window"),
+        ({"budget": 0.05}, "budget: needs at least 0.1563 at 512 tokens", "longer --window"),
         ({"budget": 0.0}, "above 0 and at most 1", None),
         ({"budget": 1.5}, "above 0 and at most 1", None),
         ({"budget": float("nan")}, "above 0 and at most 1", None),
@@ -373,8 +398,26 @@ def test_a_short_context(text, tmp_path):
         calibrate_kv(hub, [text], tmp_path / "plan", **SHORT)
 
 
+def test_layers_with_windows_of_their_own(text, tmp_path):
+    own = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}
+    config = build.config("qwen2", max_position_embeddings=512, **own)
+    hub = build.write_hub(tmp_path / "hub", config, build.random_weights(config))
+    found = calibrate_kv(hub, [text], tmp_path / "plan", budget=0.4, **SHORT)
+    assert found.windows == (0, 48)
+    first, second = KvPlan.load(tmp_path / "plan").spans
+    assert EVERYTHING not in first
+    assert second == [EVERYTHING, EVERYTHING]
+    assert found.share <= 0.4
+    config["max_window_layers"] = 0
+    hub = build.write_hub(tmp_path / "none", config, build.random_weights(config))
+    with pytest.raises(RecipeError, match="windows in all layers"):
+        calibrate_kv(hub, [text], tmp_path / "other", budget=0.4, **SHORT)
+
+
 def test_a_model_in_the_way_stays(model, text, tmp_path):
     with pytest.raises(RecipeError, match="needs a file to write"):
         calibrate_kv(model, [text], **SHORT)
     with pytest.raises(CheckpointError, match="something else"):
-        calibrate_kv(model, [text], model / "config.json", force=True, **SHORT)
+        calibrate_kv(
+            model, [text], model / "config.json", force=True, progress=pytest.fail, **SHORT
+        )

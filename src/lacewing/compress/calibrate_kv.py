@@ -3,6 +3,7 @@ spans. Both are those of the dense model; no weight is changed."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -138,7 +139,8 @@ class _Search:
         self.costs = [kept_blocks(span, blocks) for span in self.spans]
         self.layers = [i for i, layer in enumerate(spec.layers) if layer.window == 0]
         self._check(budget, blocks)
-        self.budget = int(budget * blocks * len(self.layers) * spec.n_kv_heads)
+        # A millionth of a block is what rounding may take from a budget that is met exactly.
+        self.budget = int(budget * blocks * len(self.layers) * spec.n_kv_heads + 1e-6)
 
     def _check(self, budget: float, blocks: int) -> None:
         if not self.layers:
@@ -148,9 +150,10 @@ class _Search:
             fail("budget", "a share of the dense cache, above 0 and at most 1", budget)
         least = self.costs[0] / blocks
         if budget < least:
+            said = math.ceil(least * 1e4) / 1e4
             fail(
                 "budget",
-                f"at least {least:.4f} at {blocks * BLOCK} tokens, where every head reads"
+                f"at least {said:.4f} at {blocks * BLOCK} tokens, where every head reads"
                 f" {SINKS}+{_SHORTEST} of them",
                 budget,
                 "ask for more, or for a longer --window",
