@@ -195,8 +195,10 @@ def test_crop_and_reset() -> None:
     assert made.get_seq_length() == LENGTH
     made.crop(0)
     assert made.get_seq_length() == LENGTH
-    with pytest.raises(RequestError, match="a negative number, got 3"):
-        made.crop(3)
+    made.crop(3)
+    assert made.get_seq_length() == 3
+    made.crop(-5)
+    assert made.get_seq_length() == 0
     assert made.bytes > 0
     made.reset()
     assert (made.get_seq_length(), made.bytes) == (0, 0)
@@ -343,7 +345,7 @@ def test_another_batch() -> None:
     model = model_of("llama")
     made = LacewingCache(model.config)
     logits(model, prompt(2), made)
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="takes no mask of other kinds"):
         logits(model, prompt(3), made)
 
 
