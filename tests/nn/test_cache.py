@@ -157,7 +157,7 @@ def test_left_padding_changes_nothing(name: str) -> None:
     [
         {"num_beams": 3},
         {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.5},
-        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 2},
         {"num_return_sequences": 3, "do_sample": True},
     ],
     ids=["beams", "two-beams", "lookup", "samples"],
@@ -229,6 +229,16 @@ def test_batch_verbs() -> None:
         found = logits(model, tokens[rows, -1:], after(change))
         expected = whole[rows, -1]
         assert torch.allclose(found[:, 0], expected, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_layers_that_share_keys_store_them_once() -> None:
+    made = LacewingCache(model_of("llama").config, "f32")
+    states = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(0))
+    keys, values = made.update(states, states, 0)
+    module, mask = torch.nn.Module(), describe_mask(1, 3, 3)
+    first, again = (attend(module, states, keys, values, mask)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert made.get_seq_length() == 3
 
 
 def test_no_mask_of_the_context_is_made() -> None:
