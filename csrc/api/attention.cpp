@@ -37,6 +37,28 @@ int64_t extent(const A& array, size_t axis) {
 
 // ---- one call, for tests
 
+// Stores tokens into a block of any format: of a sealed one, by way of a block of what it is sealed
+// from.
+struct BlockWriter {
+  const KvKernels& kernels;
+  const KvKernels& growing;
+  int64_t head_dim;
+  std::vector<uint8_t> grown;  // empty if tokens are stored at once
+
+  BlockWriter(const KernelTable& table, int kv, int64_t head_dim_)
+      : kernels(table.kv->formats[kv]),
+        growing(table.kv->formats[kKvInfo[kv].sealed_from < 0 ? kv : kKvInfo[kv].sealed_from]),
+        head_dim(head_dim_) {
+    const int from = kKvInfo[kv].sealed_from;
+    if (from >= 0) grown.resize(static_cast<size_t>(kKvInfo[from].block_bytes(head_dim)));
+  }
+
+  void store(const float* k, const float* v, uint8_t* block, int64_t lane) {
+    growing.store(k, v, grown.empty() ? block : grown.data(), lane, head_dim);
+    if (!grown.empty() && lane == kBlock - 1) kernels.seal(grown.data(), block, head_dim);
+  }
+};
+
 // The cache of one layer filled with k and v `[tokens, n_kv_heads, head_dim]` through a table.
 struct TestCache {
   int64_t block_bytes, head_bytes;
@@ -50,11 +72,12 @@ struct TestCache {
     block_bytes = kKvInfo[kv].block_bytes(d);
     head_bytes = (int64_t{last} + 1) * block_bytes;
     memory = Memory(static_cast<size_t>(heads * head_bytes));
-    for (int64_t t = 0; t < extent(k, 0); ++t)
-      for (int64_t h = 0; h < heads; ++h) {
+    BlockWriter writer(table, kv, d);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t t = 0; t < extent(k, 0); ++t) {
         const int64_t from = (t * heads + h) * d;
         uint8_t* block = head(h) + blocks.data()[t / kBlock] * block_bytes;
-        table.kv->formats[kv].store(k.data() + from, v.data() + from, block, t % kBlock, d);
+        writer.store(k.data() + from, v.data() + from, block, t % kBlock);
       }
   }
 
@@ -90,6 +113,9 @@ nb::object attention(const Cube& q, const Cube& k, const Cube& v,
   check_attention(q, k, v, block_table);
   require_range("attention: window", window, 0, INT32_MAX);
   const int format = kv_index("attention", kv);
+  require(kKvInfo[format].sealed_from < 0 || extent(k, 0) % kBlock == 0,
+          "attention: `" + kv + "` needs whole blocks of " + text(kBlock) + " tokens, got " +
+              text(extent(k, 0)) + " tokens");
   const KernelTable& table = table_of(isa);
   const int64_t rows = extent(q, 0), heads = extent(q, 1), d = extent(q, 2);
   const int64_t group = heads / extent(k, 1);
@@ -146,13 +172,13 @@ struct Timed {
     q.resize(static_cast<size_t>(rows * kv_heads * group * head_dim));
     out.resize(q.size());
     for (int64_t b = 0; b < blocks; ++b) block_table.push_back(static_cast<int32_t>(b));
-    fill();
+    fill(BlockWriter(table, kv, head_dim));
   }
 
   int64_t head_bytes() const { return blocks * block_bytes; }
 
   // One head of numbers in -1..1; copies for the others.
-  void fill() {
+  void fill(BlockWriter writer) {
     uint32_t state = 1;
     const auto next = [&] {
       state = state * 1664525u + 1013904223u;
@@ -160,11 +186,10 @@ struct Timed {
     };
     std::vector<float> k(static_cast<size_t>(head_dim)), v(k.size());
     for (float& x : q) x = next();
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = 0; t < blocks * kBlock; ++t) {
       for (float& x : k) x = next();
       for (float& x : v) x = next();
-      kernels.store(k.data(), v.data(), cache.data() + t / kBlock * block_bytes, t % kBlock,
-                    head_dim);
+      writer.store(k.data(), v.data(), cache.data() + t / kBlock * block_bytes, t % kBlock);
     }
     for (int64_t i = 1; i < layers * kv_heads; ++i)
       std::memcpy(cache.data() + i * head_bytes(), cache.data(), static_cast<size_t>(head_bytes()));
@@ -242,6 +267,10 @@ void register_attention(nb::module_& m) {
   nb::list names;
   for (const KvInfo& info : kKvInfo) names.append(info.name);
   m.attr("KV_FORMATS") = nb::tuple(names);
+  nb::dict sealed;
+  for (const KvInfo& info : kKvInfo)
+    if (info.sealed_from >= 0) sealed[info.name] = kKvInfo[info.sealed_from].name;
+  m.attr("KV_SEALED_FROM") = sealed;
   m.def("kv_block_bytes", &kv_block_bytes, nb::arg("kv"), nb::arg("head_dim"),
         "Bytes of the keys and values of 16 tokens and one head.");
   m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("block_table"),

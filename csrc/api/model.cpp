@@ -195,6 +195,104 @@ Weights read_weights(const nb::dict& spec, const nb::dict& tensors, std::vector<
   return w;
 }
 
+// ---- the cache
+
+constexpr int64_t kHeadFields = 10;
+
+KvPlace read_place(const int32_t* at, const KvLayout& layout, bool wanted,
+                   const std::string& what) {
+  require_range(what + ": store", at[0], wanted ? 0 : -1,
+                static_cast<int64_t>(layout.stores.size()) - 1);
+  if (at[0] < 0) return {-1, 0};
+  require_range(what + ": index", at[1], 0, layout.stores[static_cast<size_t>(at[0])].heads - 1);
+  return {at[0], at[1]};
+}
+
+// Heads read what their store holds: growing, sealed from just that, labels.
+void check_head(const KvLayout& layout, const KvHead& head, const std::string& what) {
+  const auto format = [&](const KvPlace& place) {
+    return place ? layout.stores[static_cast<size_t>(place.store)].format : kLabels;
+  };
+  const int growing = format(head.growing);
+  require(growing >= 0 && kKvInfo[growing].sealed_from < 0,
+          what + ": the first store must be of a format that grows");
+  require(!head.sealed ||
+              (format(head.sealed) >= 0 && kKvInfo[format(head.sealed)].sealed_from == growing),
+          what + ": the second store must be sealed from the first");
+  require(!head.labels || format(head.labels) == kLabels,
+          what + ": the third store must be labels");
+  require(head.span.sinks >= 0 && head.span.window >= 0 && head.span.stride >= 0 &&
+              head.span.phase >= 0,
+          what + ": a span must not be negative");
+}
+
+void read_stores(const nb::list& stores, KvLayout& layout) {
+  for (const nb::handle& each : stores) {
+    const auto store = value<nb::tuple>(nb::borrow(each), "`kv.stores`", "tuples of three");
+    require(store.size() == 3, "Model: `kv.stores` must be tuples (format, blocks, heads)");
+    const auto name = value<std::string>(nb::object(store[0]), "`kv.stores`: format", "a string");
+    const auto blocks = value<int64_t>(nb::object(store[1]), "`kv.stores`: blocks", "an integer");
+    const auto heads = value<int64_t>(nb::object(store[2]), "`kv.stores`: heads", "an integer");
+    require_range("Model: `kv.stores`: blocks", blocks, 1, kMaxBlocks);
+    require_range("Model: `kv.stores`: heads", heads, 1, kMaxSize);
+    layout.stores.push_back({name == "labels" ? kLabels : kv_index("Model", name), blocks, heads});
+  }
+  require(!layout.stores.empty(), "Model: `kv.stores` must not be empty");
+}
+
+void read_labels(const nb::dict& kv, const Spec& s, KvLayout& layout) {
+  Array<int32_t, 2> channels;
+  Array<float, 2> scales;
+  require(nb::try_cast(item(kv, "channels"), channels, false) &&
+              nb::try_cast(item(kv, "scales"), scales, false),
+          "Model: `kv.channels` and `kv.scales` must be contiguous arrays, i32 and f32");
+  const auto rows = static_cast<size_t>(layout.heads.size());
+  layout.channels = static_cast<int64_t>(channels.shape(1));
+  require(channels.shape(0) == rows && scales.shape(0) == rows &&
+              scales.shape(1) == channels.shape(1) && layout.channels > 0 &&
+              layout.channels % 4 == 0 && layout.channels <= s.head_dim,
+          "Model: `kv.channels` and `kv.scales` must be [" + text(static_cast<int64_t>(rows)) +
+              ", a multiple of 4 up to head_dim], got " + shape_text(channels) + " and " +
+              shape_text(scales));
+  for (size_t i = 0; i < channels.size(); ++i) {
+    require_range("Model: `kv.channels`", channels.data()[i], 0, s.head_dim - 1);
+    require(std::isfinite(scales.data()[i]) && scales.data()[i] > 0,
+            "Model: `kv.scales` must be positive and finite");
+  }
+  layout.label_channels.assign(channels.data(), channels.data() + channels.size());
+  layout.label_scales.assign(scales.data(), scales.data() + scales.size());
+}
+
+KvLayout read_kv(const nb::dict& kv, const Weights& w) {
+  KvLayout layout{};
+  read_stores(value<nb::list>(item(kv, "stores"), "`kv.stores`", "a list"), layout);
+  Array<int32_t, 2> heads;
+  const auto count = static_cast<int64_t>(w.layers.size()) * w.spec.n_kv_heads;
+  require(
+      nb::try_cast(item(kv, "heads"), heads, false) &&
+          static_cast<int64_t>(heads.shape(0)) == count && heads.shape(1) == kHeadFields,
+      "Model: `kv.heads` must be an i32 array [" + text(count) + ", " + text(kHeadFields) + "]");
+  bool labels = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* at = heads.data() + i * kHeadFields;
+    const std::string what = "Model: `kv.heads[" + text(i) + "]`";
+    const KvHead head{read_place(at, layout, true, what),
+                      read_place(at + 2, layout, false, what),
+                      read_place(at + 4, layout, false, what),
+                      {at[6], at[7], at[8], at[9]}};
+    check_head(layout, head, what);
+    const int64_t window = w.layers[static_cast<size_t>(i / w.spec.n_kv_heads)].window;
+    require(window == 0 || !head.lists(true), what + ": a layer with a window reads all of it");
+    labels = labels || head.labels;
+    layout.heads.push_back(head);
+  }
+  layout.topk = value<int64_t>(item(kv, "topk"), "`kv.topk`", "an integer");
+  require_range("Model: `kv.topk`", layout.topk, 0, kMaxSize);
+  require(labels == (layout.topk > 0), "Model: `kv.topk` and labels go together");
+  if (labels) read_labels(kv, w.spec, layout);
+  return layout;
+}
+
 // ---- the class
 
 struct NativeModel {
@@ -203,36 +301,40 @@ struct NativeModel {
   int64_t context;
 };
 
-void init_model(NativeModel* self, const nb::dict& spec, const nb::dict& tensors, int64_t kv_blocks,
-                const std::optional<std::string>& isa, int threads, const std::string& kv) {
-  require_range("Model: kv_blocks", kv_blocks, 1, kMaxBlocks);
+void init_model(NativeModel* self, const nb::dict& spec, const nb::dict& tensors,
+                const nb::dict& kv, const std::optional<std::string>& isa, int threads) {
   require_range("Model: threads", threads, 0, Pool::kMaxThreads);
   std::vector<nb::object> kept;
   Weights weights = read_weights(spec, tensors, kept);
   int64_t context = INT32_MAX;
   for (const Layer& layer : weights.layers)
     context = std::min(context, weights.ropes[static_cast<size_t>(layer.rope)].positions);
-  auto model = std::make_unique<Model>(std::move(weights), kv_blocks, kv_index("Model", kv),
-                                       table_of(isa), threads);
+  KvLayout layout = read_kv(kv, weights);
+  auto model =
+      std::make_unique<Model>(std::move(weights), std::move(layout), table_of(isa), threads);
   new (self) NativeModel{std::move(kept), std::move(model), context};
 }
 
 struct StepArrays {
   const Indices& tokens;
   const Indices& positions;
-  const Indices& slots;
-  const Array<int32_t, 2>& block_tables;
+  const Indices& cached;
+  const Array<int32_t, 3>& block_tables;
   const Indices& cu_seqlens;
   const Indices& logit_rows;
+
+  int64_t sequences() const { return static_cast<int64_t>(block_tables.shape(1)); }
 };
 
 int64_t length(const Indices& array) { return static_cast<int64_t>(array.shape(0)); }
 
 void check_sequences(const StepArrays& a, int64_t count) {
-  const int64_t sequences = static_cast<int64_t>(a.block_tables.shape(0));
+  const int64_t sequences = a.sequences();
   require(length(a.cu_seqlens) == sequences + 1,
-          "step: cu_seqlens must have one value more than block_tables has rows (" +
+          "step: cu_seqlens must have one value more than block_tables has sequences (" +
               text(sequences) + "), got " + text(length(a.cu_seqlens)));
+  require(length(a.cached) == sequences, "step: cached must have one value per sequence (" +
+                                             text(sequences) + "), got " + text(length(a.cached)));
   const int32_t* cu = a.cu_seqlens.data();
   require(cu[0] == 0, "step: cu_seqlens must start at 0, got " + text(cu[0]));
   for (int64_t b = 0; b < sequences; ++b)
@@ -242,13 +344,10 @@ void check_sequences(const StepArrays& a, int64_t count) {
                                       text(count) + "), got " + text(cu[sequences]));
 }
 
-// Positions of sequence b go up one by one inside the context, and its table covers them.
-void check_sequence(const StepArrays& a, int64_t b, int64_t context, int64_t kv_blocks) {
+// Positions of sequence b go up one by one inside the context.
+void check_positions(const StepArrays& a, int64_t b, int64_t context) {
   const int64_t begin = a.cu_seqlens.data()[b], end = a.cu_seqlens.data()[b + 1];
-  if (begin == end) return;
-  const int64_t max_blocks = static_cast<int64_t>(a.block_tables.shape(1));
   const int32_t* positions = a.positions.data();
-  const int32_t* table = a.block_tables.data() + b * max_blocks;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t wanted = t == begin ? positions[t] : positions[t - 1] + int64_t{1};
     require(positions[t] == wanted, "step: positions of sequence " + text(b) +
@@ -256,50 +355,68 @@ void check_sequence(const StepArrays& a, int64_t b, int64_t context, int64_t kv_
                                         " after " + text(wanted - 1));
     require_range("step: positions[" + text(t) + "]", positions[t], 0, context - 1);
   }
-  const int64_t blocks = positions[end - 1] / 16 + 1;
-  require(blocks <= max_blocks, "step: block_tables must have at least " + text(blocks) +
-                                    " columns for position " + text(positions[end - 1]) + ", got " +
-                                    text(max_blocks));
-  for (int64_t j = 0; j < blocks; ++j)
-    require_range("step: block_tables[" + text(b) + ", " + text(j) + "]", table[j], 0,
-                  kv_blocks - 1);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t slot = table[positions[t] / 16] * int64_t{16} + positions[t] % 16;
-    require(a.slots.data()[t] == slot, "step: slots[" + text(t) + "] must be " + text(slot) +
-                                           " by its block table, got " + text(a.slots.data()[t]));
+  require_range("step: cached[" + text(b) + "]", a.cached.data()[b], 0, positions[begin]);
+}
+
+// The tables of sequence b cover what it has in the cache, in every store.
+void check_tables(const StepArrays& a, int64_t b, const KvLayout& layout) {
+  const int64_t rows = a.cu_seqlens.data()[b + 1] - a.cu_seqlens.data()[b];
+  const int64_t last = a.cached.data()[b] + rows - 1;
+  const int64_t max_blocks = static_cast<int64_t>(a.block_tables.shape(2));
+  const int64_t columns = last / kBlock + 1;
+  require(columns <= max_blocks, "step: block_tables must have at least " + text(columns) +
+                                     " columns for " + text(last + 1) + " tokens, got " +
+                                     text(max_blocks));
+  for (size_t s = 0; s < layout.stores.size(); ++s) {
+    const KvStore& store = layout.stores[s];
+    const int64_t blocks = last / (store.format == kLabels ? kLabelTokens : kBlock) + 1;
+    const int64_t at = static_cast<int64_t>(s) * a.sequences() + b;
+    const int32_t* table = a.block_tables.data() + at * max_blocks;
+    for (int64_t j = 0; j < blocks; ++j)
+      require_range("step: block_tables[" + text(static_cast<int64_t>(s)) + ", " + text(b) + ", " +
+                        text(j) + "]",
+                    table[j], 0, store.blocks - 1);
   }
 }
 
 void check_step(const StepArrays& a, const NativeModel& self) {
   const int64_t count = length(a.tokens);
-  require(length(a.positions) == count && length(a.slots) == count,
-          "step: tokens, positions and slots must have the same length, got " + text(count) + ", " +
-              text(length(a.positions)) + ", " + text(length(a.slots)));
+  require(length(a.positions) == count,
+          "step: tokens and positions must have the same length, got " + text(count) + " and " +
+              text(length(a.positions)));
+  const KvLayout& layout = self.model->layout();
+  const auto stores = static_cast<int64_t>(layout.stores.size());
+  require(static_cast<int64_t>(a.block_tables.shape(0)) == stores,
+          "step: block_tables must be [" + text(stores) + ", sequences, blocks], got " +
+              shape_text(a.block_tables));
   check_sequences(a, count);
   const int64_t vocab = self.model->weights().spec.vocab_size;
   for (int64_t t = 0; t < count; ++t)
     require_range("step: tokens[" + text(t) + "]", a.tokens.data()[t], 0, vocab - 1);
-  for (int64_t b = 0; b < static_cast<int64_t>(a.block_tables.shape(0)); ++b)
-    check_sequence(a, b, self.context, self.model->kv_blocks());
+  for (int64_t b = 0; b < a.sequences(); ++b) {
+    if (a.cu_seqlens.data()[b] == a.cu_seqlens.data()[b + 1]) continue;
+    check_positions(a, b, self.context);
+    check_tables(a, b, layout);
+  }
   for (int64_t r = 0; r < length(a.logit_rows); ++r)
     require_range("step: logit_rows[" + text(r) + "]", a.logit_rows.data()[r], 0, count - 1);
 }
 
 nb::object step(NativeModel& self, const Indices& tokens, const Indices& positions,
-                const Indices& slots, const Array<int32_t, 2>& block_tables,
+                const Indices& cached, const Array<int32_t, 3>& block_tables,
                 const Indices& cu_seqlens, const Indices& logit_rows) {
-  const StepArrays a{tokens, positions, slots, block_tables, cu_seqlens, logit_rows};
+  const StepArrays a{tokens, positions, cached, block_tables, cu_seqlens, logit_rows};
   check_step(a, self);
   const int64_t vocab = self.model->weights().spec.vocab_size, rows = length(logit_rows);
   std::unique_ptr<float[]> logits(
       new float[static_cast<size_t>(std::max<int64_t>(1, rows * vocab))]);
   const StepInput input{length(tokens),
-                        static_cast<int64_t>(block_tables.shape(0)),
-                        static_cast<int64_t>(block_tables.shape(1)),
+                        a.sequences(),
+                        static_cast<int64_t>(block_tables.shape(2)),
                         rows,
                         tokens.data(),
                         positions.data(),
-                        slots.data(),
+                        cached.data(),
                         block_tables.data(),
                         cu_seqlens.data(),
                         logit_rows.data(),
@@ -318,15 +435,14 @@ nb::object step(NativeModel& self, const Indices& tokens, const Indices& positio
 
 void register_model(nb::module_& m) {
   nb::class_<NativeModel>(m, "Model", "A decoder over packed weights, with its paged KV cache.")
-      .def("__init__", &init_model, nb::arg("spec"), nb::arg("tensors"), nb::arg("kv_blocks"),
-           nb::arg("isa") = nb::none(), nb::arg("threads") = 0, nb::arg("kv") = "f16")
+      .def("__init__", &init_model, nb::arg("spec"), nb::arg("tensors"), nb::arg("kv"),
+           nb::arg("isa") = nb::none(), nb::arg("threads") = 0)
       .def("step", &step, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(),
-           nb::arg("slots").noconvert(), nb::arg("block_tables").noconvert(),
+           nb::arg("cached").noconvert(), nb::arg("block_tables").noconvert(),
            nb::arg("cu_seqlens").noconvert(), nb::arg("logit_rows").noconvert(),
            "Runs the tokens through the model and returns the logits f32 [R, vocab] of rows "
            "`logit_rows`.")
       .def_prop_ro("threads", [](const NativeModel& m) { return m.model->threads(); })
-      .def_prop_ro("kv_blocks", [](const NativeModel& m) { return m.model->kv_blocks(); })
       .def_prop_ro("context", [](const NativeModel& m) { return m.context; });
 }
 

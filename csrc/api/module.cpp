@@ -8,6 +8,7 @@ NB_MODULE(_C, m) {
   lacewing::register_cache(m);
   lacewing::register_linear(m);
   lacewing::register_model(m);
+  lacewing::register_select(m);
   lacewing::register_system(m);
   lacewing::register_torch(m);
 }

@@ -18,6 +18,7 @@ void register_attention(nb::module_& m);
 void register_cache(nb::module_& m);
 void register_linear(nb::module_& m);
 void register_model(nb::module_& m);
+void register_select(nb::module_& m);
 void register_system(nb::module_& m);
 void register_torch(nb::module_& m);
 

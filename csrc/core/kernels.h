@@ -27,7 +27,7 @@ inline constexpr size_t kLinearScratch = 2 * 1024 * 1024;
 
 // Scaled dot-product attention of `rows` query tokens of one sequence against a paged KV cache, for
 // the query heads of one KV head. Token i attends the positions first_i..last_i (inclusive), where
-// last_i = last + i, first_i = window > 0 ? max(0, last_i - window + 1) : 0.
+// last_i = last + i (last if not causal), first_i = window > 0 ? max(0, last_i - window + 1) : 0.
 struct AttentionArgs {
   const float* q;  // token i, head j (0..group_heads): q + i * q_stride + j * head_dim, rotated
   int64_t q_stride;
@@ -39,6 +39,8 @@ struct AttentionArgs {
   float* out;  // as q, with out_stride
   int64_t out_stride;
   void* scratch;  // kAttentionScratch bytes, 64-byte aligned, private to the calling thread
+  bool causal = true;
+  float* earlier = nullptr;  // what `attend_partial` gave for the same queries over other tokens
 };
 inline constexpr size_t kAttentionScratch = 1024 * 1024;
 inline constexpr int64_t kSegment = 512;  // tokens of one independent partial result
@@ -48,21 +50,88 @@ inline constexpr int64_t kMaxSplitQueries = 16;
 inline constexpr int64_t partial_floats(int64_t head_dim) {
   return 4 * 16 + 2 * kMaxSplitQueries * (16 + (head_dim + 15) / 16 * 16);
 }
+// Floats of the partial results of `queries` queries that are not cut into segments.
+inline constexpr int64_t whole_partial_floats(int64_t queries, int64_t head_dim) {
+  return (queries + 24) * (16 + 16 + (head_dim + 15) / 16 * 16);
+}
+
+// Which blocks one query row is to attend, for the query heads of one KV head: the first `sinks`,
+// the last `recent` and, of those between, the most important by their labels (ties: the lower).
+// The importance of a block is the sum over the heads of its part in a softmax over all blocks, a
+// block's score being the largest of its tokens' up to the row.
+struct SelectArgs {
+  const float* q;  // head j: q + j * head_dim, rotated
+  int64_t head_dim, group_heads;
+  float scale;                    // of the attention, > 0
+  const uint8_t* labels;          // of one layer and KV head: [label block][label_bytes]
+  const int32_t* label_table;     // physical label block of each kLabelTokens tokens
+  const int32_t* channels;        // [count] of a key
+  const float* channel_scales;    // [count], > 0
+  int64_t count;                  // a multiple of 4, at most kMaxLabelChannels
+  int64_t last;                   // the row's position; it has last / kBlock + 1 blocks
+  int64_t sinks, recent, budget;  // blocks; sinks + recent <= budget
+  int32_t* chosen;                // [min(budget, blocks)], ascending
+  void* scratch;                  // select_scratch(group_heads, blocks) bytes, 64-byte aligned
+};
+inline constexpr size_t select_scratch(int64_t group_heads, int64_t blocks) {
+  const int64_t row = (blocks + 15) / 16 * 64, head = row + kMaxLabelChannels + 8;
+  return static_cast<size_t>(row + group_heads * head + 64);
+}
+
+// Merges a finished prompt of one layer and KV head (Elastic Cache): `keep` of its tokens stay, the
+// others become part of one that does. The importance of a token is the sum of the softmax weights
+// that the last `rows` tokens' queries give it. The first kMergeFirst tokens and the last
+// kMergeLast stay as they are; so many of the most important between them (ties: the earlier) that
+// `keep` stay, each becoming the mean of the keys and values of the tokens it is nearest to (ties:
+// the earlier one).
+struct MergeArgs {
+  const float* q;  // token i of the last `rows`, head j: q + i * q_stride + j * head_dim, rotated
+  int64_t q_stride, rows, head_dim, group_heads;
+  float scale;
+  const uint8_t* cache;        // of one layer and KV head: [block][block_bytes of the KV format]
+  const int32_t* block_table;  // physical block of each logical block
+  int64_t tokens;
+  uint8_t* out;              // blocks of the same format, other ones
+  const int32_t* out_table;  // for ceil(keep / kBlock) blocks
+  int64_t keep;              // kMergeFirst + kMergeLast < keep <= tokens
+  void* scratch;             // merge_scratch(tokens, head_dim) bytes, 64-byte aligned
+};
+inline constexpr int64_t kMergeFirst = 4, kMergeLast = 32;
+inline constexpr int64_t kMergeQueries = 8;  // that walk the tokens together
+inline constexpr size_t merge_scratch(int64_t tokens, int64_t head_dim) {
+  const int64_t columns = (tokens + 15) / 16 * 16, pitch = (head_dim + 15) / 16 * 16;
+  return static_cast<size_t>((pitch + kMergeQueries + 2) * columns + 4 * pitch) * sizeof(float);
+}
 
 struct KvKernels {
   // Writes one token's K and V (f32 `[head_dim]` of one head) into its block, lane 0..15.
+  // Null for formats whose blocks are sealed.
   void (*store)(const float* k, const float* v, uint8_t* block, int64_t lane, int64_t head_dim);
+  // Makes a block of a full one of the format `sealed_from`; null for the others.
+  void (*seal)(const uint8_t* growing, uint8_t* block, int64_t head_dim);
+  // Reads back what is stored of one token; null for formats whose blocks are sealed.
+  void (*load)(const uint8_t* block, int64_t lane, float* k, float* v, int64_t head_dim);
   void (*attention)(const AttentionArgs&);
+  // `attention` up to its partial results, for `earlier` of a call over the rest of the tokens:
+  // whole_partial_floats(rows * group_heads, head_dim).
+  void (*attend_partial)(const AttentionArgs&, float* partial);
   // `attention` in parts, for several threads: the segments [first, stop) of the sequence's tokens
   // into partials + segment * partial_floats(head_dim); when all are there, their sum.
   void (*attend_segments)(const AttentionArgs&, int64_t first, int64_t stop, float* partials);
   void (*merge_segments)(const AttentionArgs&, float* partials);
+  // As `merge_segments`, but what they make together becomes the first, an `earlier`.
+  void (*join_segments)(const AttentionArgs&, float* partials);
+  void (*merge)(const MergeArgs&);
 };
 
 // What an ISA does with the KV cache; a translation unit of its own, since it shares no loop with
 // the linear layers.
 struct KvTable {
   KvKernels formats[kKvFormatCount];
+  // Writes the label of one rotated key (f32 `[head_dim]`) as token 0..255 of its label block.
+  void (*store_label)(const float* k, const int32_t* channels, const float* channel_scales,
+                      int64_t count, uint8_t* label_block, int64_t token);
+  int64_t (*select)(const SelectArgs&);  // how many were chosen: min(budget, blocks)
 };
 
 // Up to how many rows a product takes one way rather than the next; set at run time, atomically.

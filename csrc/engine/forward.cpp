@@ -233,30 +233,66 @@ class Forward::Worker {
     table_.rope(head, rope.cos + at, rope.sin + at, spec_.head_dim);
   }
 
+  // ---- the cache
+
+  const KvHead& head_of(size_t layer, int64_t kv_head) const {
+    return model_.cache_.layout().heads[head_index(layer, kv_head)];
+  }
+  size_t head_index(size_t layer, int64_t kv_head) const {
+    return layer * static_cast<size_t>(spec_.n_kv_heads) + static_cast<size_t>(kv_head);
+  }
+  const KvKernels& kernels_of(const KvPlace& place) const {
+    return table_.kv->formats[model_.cache_.format(place)];
+  }
+  // The block with a position of a sequence.
+  uint8_t* block_of(const KvPlace& place, const CacheRow& row, int64_t tokens = kBlock) const {
+    const int32_t block = f_.input_.table(place.store, row.sequence)[row.position / tokens];
+    return model_.cache_.blocks(place) + block * model_.cache_.block_bytes(place);
+  }
+
   // Turns the queries and the key of one KV head's group and stores key and value.
   void prepare_head(size_t layer, const Layer& w, int64_t row, int64_t kv_head) {
     const Spec& s = spec_;
-    const int64_t token = chunk_->begin + row;
-    const int64_t position = f_.input_.positions[token], slot = f_.input_.slots[token];
+    const int64_t position = f_.input_.positions[chunk_->begin + row];
     const Rope& rope = model_.weights_.ropes[static_cast<size_t>(w.rope)];
     float* q = qkv() + row * s.qkv_size() + kv_head * s.group_heads() * s.head_dim;
     float* k = qkv() + row * s.qkv_size() + s.q_size() + kv_head * s.head_dim;
     for (int64_t j = 0; j < s.group_heads(); ++j)
       turn(q + j * s.head_dim, w.q_norm, rope, position);
     turn(k, w.k_norm, rope, position);
-    uint8_t* cache = model_.cache(static_cast<int64_t>(layer), kv_head);
-    model_.kv_.store(k, k + s.kv_size(), cache + slot / kBlock * model_.kv_block_bytes_,
-                     slot % kBlock, s.head_dim);
+    const KvHead& head = head_of(layer, kv_head);
+    const CacheRow& at = chunk_->cache_rows[static_cast<size_t>(row)];
+    kernels_of(head.growing)
+        .store(k, k + s.kv_size(), block_of(head.growing, at), at.position % kBlock, s.head_dim);
+    if (head.labels) {
+      const KvLayout& layout = model_.cache_.layout();
+      const size_t first = head_index(layer, kv_head) * static_cast<size_t>(layout.channels);
+      table_.kv->store_label(k, layout.label_channels.data() + first,
+                             layout.label_scales.data() + first, layout.channels,
+                             block_of(head.labels, at, kLabelTokens), at.position % kLabelTokens);
+    }
   }
+
+  // Seals the block that the row has filled.
+  void seal_head(size_t layer, int64_t row, int64_t kv_head) {
+    const KvHead& head = head_of(layer, kv_head);
+    const CacheRow& at = chunk_->cache_rows[static_cast<size_t>(row)];
+    if (head.sealed && at.position % kBlock == kBlock - 1)
+      kernels_of(head.sealed)
+          .seal(block_of(head.growing, at), block_of(head.sealed, at), spec_.head_dim);
+  }
+
+  // ---- what a row attends
 
   AttentionArgs attention_of(size_t layer, const Layer& w, const Tile& tile, int64_t kv_head) {
     const Spec& s = spec_;
     const int64_t column = kv_head * s.group_heads() * s.head_dim;
+    const KvPlace& place = head_of(layer, kv_head).growing;
     float* out = model_.shared_.attended.as<float>() + tile.row * s.q_size() + column;
     return {qkv() + tile.row * s.qkv_size() + column,
             s.qkv_size(),
-            model_.cache(static_cast<int64_t>(layer), kv_head),
-            f_.input_.block_tables + tile.sequence * f_.input_.max_blocks,
+            model_.cache_.blocks(place),
+            f_.input_.table(place.store, tile.sequence),
             s.head_dim,
             s.group_heads(),
             tile.rows,
@@ -271,20 +307,126 @@ class Forward::Worker {
   // Whether the item's tile and head are complete with it: the last of its parts merges them.
   bool attend(size_t layer, const Layer& w, const Item& item) {
     const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
+    const KvHead& head = head_of(layer, item.kv_head);
     const AttentionArgs args = attention_of(layer, w, tile, item.kv_head);
+    if (model_.cache_.topk() && head.labels) {
+      if (item.first == 0) attend_chosen(layer, head, args, tile, item.kv_head);
+      return item.first == 0;
+    }
+    if (head.lists(false)) {
+      space_.reads.choose(head.span, tile.position / kBlock);
+      if (tile.parts == 1) {
+        attend_reads(head, args, tile.sequence);
+        return true;
+      }
+      return attend_part(head, args, item);
+    }
     if (tile.parts == 1) {
-      model_.kv_.attention(args);
+      kernels_of(head.growing).attention(args);
       return true;
     }
-    float* partials = model_.shared_.partials.as<float>() + tile.partials +
-                      item.kv_head * tile.segments * partial_floats(spec_.head_dim);
-    model_.kv_.attend_segments(args, item.first, item.stop, partials);
+    float* partials = partials_of(item);
+    kernels_of(head.growing).attend_segments(args, item.first, item.stop, partials);
+    if (!last_part(item)) return false;
+    kernels_of(head.growing).merge_segments(args, partials);
+    return true;
+  }
+
+  float* partials_of(const Item& item) const {
+    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
+    return model_.shared_.partials.as<float>() + tile.partials +
+           item.kv_head * tile.segments * partial_floats(spec_.head_dim);
+  }
+
+  bool last_part(const Item& item) {
+    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
     std::atomic<int64_t>& done =
         f_.done_[static_cast<size_t>(item.tile * spec_.n_kv_heads + item.kv_head)];
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.parts) return false;
     done.store(0, std::memory_order_relaxed);  // for the next layer
-    model_.kv_.merge_segments(args, partials);
     return true;
+  }
+
+  // The arguments for the sealed and the growing ones of the blocks in space_.reads.
+  struct Listed {
+    AttentionArgs sealed, growing;
+    bool any_sealed;
+  };
+  Listed listed(const KvHead& head, const AttentionArgs& args, int64_t sequence) {
+    Reads& reads = space_.reads;
+    reads.place(head, args.last / kBlock,
+                head.sealed ? f_.input_.table(head.sealed.store, sequence) : nullptr,
+                f_.input_.table(head.growing.store, sequence));
+    Listed found{args, args, !reads.sealed.empty()};
+    found.growing.block_table = reads.growing.data();
+    found.growing.last =
+        (static_cast<int64_t>(reads.growing.size()) - 1) * kBlock + args.last % kBlock;
+    if (found.any_sealed) {
+      found.sealed.cache = model_.cache_.blocks(head.sealed);
+      found.sealed.block_table = reads.sealed.data();
+      found.sealed.last = static_cast<int64_t>(reads.sealed.size()) * kBlock - 1;
+      found.sealed.causal = false;
+    }
+    return found;
+  }
+
+  // Rows of one query block against the blocks in space_.reads.
+  void attend_reads(const KvHead& head, const AttentionArgs& args, int64_t sequence) {
+    Listed to = listed(head, args, sequence);
+    if (to.any_sealed) {
+      const size_t bytes =
+          static_cast<size_t>(whole_partial_floats(args.rows * args.group_heads, args.head_dim)) *
+          sizeof(float);
+      if (space_.partial.size() < bytes) space_.partial = Memory(bytes);
+      to.growing.earlier = space_.partial.as<float>();
+      kernels_of(head.sealed).attend_partial(to.sealed, to.growing.earlier);
+    }
+    kernels_of(head.growing).attention(to.growing);
+  }
+
+  // As `attend_reads`, in parts: of the sealed blocks, if there are any, else of the growing ones.
+  bool attend_part(const KvHead& head, const AttentionArgs& args, const Item& item) {
+    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
+    Listed to = listed(head, args, tile.sequence);
+    const AttentionArgs& main = to.any_sealed ? to.sealed : to.growing;
+    const KvKernels& kernels = kernels_of(to.any_sealed ? head.sealed : head.growing);
+    const int64_t segments = main.last / kSegment + 1;
+    float* partials = partials_of(item);
+    if (item.first < segments)
+      kernels.attend_segments(main, item.first, std::min(item.stop, segments), partials);
+    if (!last_part(item)) return false;
+    if (!to.any_sealed) {
+      kernels.merge_segments(main, partials);
+      return true;
+    }
+    kernels.join_segments(main, partials);
+    to.growing.earlier = partials;
+    kernels_of(head.growing).attention(to.growing);
+    return true;
+  }
+
+  // Every row against the blocks that its labels choose.
+  void attend_chosen(size_t layer, const KvHead& head, AttentionArgs args, const Tile& tile,
+                     int64_t kv_head) {
+    const KvLayout& layout = model_.cache_.layout();
+    const size_t first = head_index(layer, kv_head) * static_cast<size_t>(layout.channels);
+    args.rows = 1;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      std::vector<int32_t>& blocks = space_.reads.blocks;
+      const int64_t count = args.last / kBlock + 1, budget = topk_budget(count, layout.topk);
+      blocks.resize(static_cast<size_t>(std::min(count, budget)));
+      const size_t scratch = select_scratch(args.group_heads, count);
+      if (space_.select.size() < scratch) space_.select = Memory(scratch);
+      table_.kv->select(
+          {args.q, args.head_dim, args.group_heads, args.scale, model_.cache_.blocks(head.labels),
+           f_.input_.table(head.labels.store, tile.sequence), layout.label_channels.data() + first,
+           layout.label_scales.data() + first, layout.channels, args.last, kTopkSinks, kTopkRecent,
+           budget, blocks.data(), space_.select.data()});
+      attend_reads(head, args, tile.sequence);
+      args.q += args.q_stride;
+      args.out += args.out_stride;
+      ++args.last;
+    }
   }
 
   // The columns [begin, end) of attention's output as o_proj wants them.
@@ -305,12 +447,20 @@ class Forward::Worker {
       for (int64_t r = mine.begin; r < mine.end; ++r)
         for (int64_t h = 0; h < s.n_kv_heads; ++h) prepare_head(layer, w, r, h);
       meet();
+      if (model_.cache_.seals()) {
+        for (int64_t r = mine.begin; r < mine.end; ++r)
+          for (int64_t h = 0; h < s.n_kv_heads; ++h) seal_head(layer, r, h);
+        meet();
+      }
     }
     const int64_t items = static_cast<int64_t>(chunk_->items.size());
     for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < items;) {
       const Item& item = chunk_->items[static_cast<size_t>(i)];
       const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-      if (chunk_->alone) prepare_head(layer, w, tile.row, item.kv_head);
+      if (chunk_->alone) {
+        prepare_head(layer, w, tile.row, item.kv_head);
+        seal_head(layer, tile.row, item.kv_head);
+      }
       const bool complete = attend(layer, w, item);
       for (int64_t r = 0; complete && whole_groups && r < tile.rows; ++r)
         quantize_heads(w, tile.row + r, item.kv_head * columns, (item.kv_head + 1) * columns);
@@ -344,7 +494,7 @@ class Forward::Worker {
 Forward::Forward(Model& model, const StepInput& input)
     : model_(model),
       input_(input),
-      chunks_(plan_chunks(input, model.weights_.spec, model.threads())),
+      chunks_(plan_chunks(input, model.weights_.spec, model.threads(), model.cache_.lists())),
       taken_(new std::atomic<int64_t>[chunks_.size() * model.weights_.layers.size()]()),
       barrier_(Pool::instance().resolve(model.threads()),
                Pool::instance().may_spin(model.threads())) {

@@ -43,16 +43,11 @@ Rows RowsMemory::place(const PackedTensor& w, int64_t m) const {
   return place_rows(kFormatInfo[w.format], m, w.k, memory[grid_of(w)].data());
 }
 
-Model::Model(Weights weights, int64_t kv_blocks, int kv, const KernelTable& table, int threads)
+Model::Model(Weights weights, KvLayout layout, const KernelTable& table, int threads)
     : weights_(std::move(weights)),
-      kv_blocks_(kv_blocks),
       table_(table),
-      kv_(table.kv->formats[kv]),
-      kv_block_bytes_(kKvInfo[kv].block_bytes(weights_.spec.head_dim)),
+      cache_(std::move(layout), weights_.spec.head_dim),
       thread_(static_cast<size_t>(Pool::instance().resolve(threads))) {
-  const Spec& s = weights_.spec;
-  const int64_t layers = static_cast<int64_t>(weights_.layers.size());
-  cache_ = Memory(checked_product({layers, s.n_kv_heads, kv_blocks, kv_block_bytes_}));
   reserve_shared();
   for (ThreadSpace& space : thread_) reserve_thread(space);
 }

@@ -6,6 +6,8 @@
 
 #include "core/kernels.h"
 #include "core/memory.h"
+#include "engine/cache.h"
+#include "engine/reads.h"
 
 namespace lacewing {
 
@@ -57,11 +59,15 @@ struct StepInput {
   int64_t count, sequences, max_blocks, logit_count;
   const int32_t* tokens;        // [count]
   const int32_t* positions;     // [count]
-  const int32_t* slots;         // [count]
-  const int32_t* block_tables;  // [sequences, max_blocks]
+  const int32_t* cached;        // [sequences], tokens in the cache before this step
+  const int32_t* block_tables;  // [stores, sequences, max_blocks]
   const int32_t* cu_seqlens;    // [sequences + 1]
   const int32_t* logit_rows;    // [logit_count]
   float* logits;                // [logit_count, vocab_size]
+
+  const int32_t* table(int store, int64_t sequence) const {
+    return block_tables + (store * sequences + sequence) * max_blocks;
+  }
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
@@ -96,6 +102,9 @@ struct ThreadSpace {
   Memory row;         // one row of hidden_size
   Memory gate, up;    // a tile of the MLP
   RowsMemory hidden;  // normalized rows, if every thread makes its own copy
+  Reads reads;        // the blocks that a head reads
+  Memory partial;     // of attention to sealed blocks, as large as a tile wants it
+  Memory select;      // scratch of choosing blocks
 };
 
 // What the threads share.
@@ -112,32 +121,21 @@ struct SharedSpace {
 class Model {
  public:
   // Borrows everything `weights` points to. Throws std::bad_alloc.
-  // `kv`: index into LACEWING_KV_FORMATS.
-  Model(Weights weights, int64_t kv_blocks, int kv, const KernelTable& table, int threads);
+  Model(Weights weights, KvLayout layout, const KernelTable& table, int threads);
 
   // Calls from several threads are served one after another.
   void step(const StepInput& input);
 
   const Weights& weights() const { return weights_; }
-  int64_t kv_blocks() const { return kv_blocks_; }
-  // Keys and values of one layer and head.
-  uint8_t* cache(int64_t layer, int64_t kv_head) const {
-    const int64_t heads = layer * weights_.spec.n_kv_heads + kv_head;
-    return cache_.data() + heads * kv_blocks_ * kv_block_bytes_;
-  }
+  const KvLayout& layout() const { return cache_.layout(); }
   int threads() const { return static_cast<int>(thread_.size()); }
 
  private:
   friend class Forward;
 
   Weights weights_;
-  int64_t kv_blocks_;
   const KernelTable& table_;
-  const KvKernels& kv_;
-  int64_t kv_block_bytes_;  // of one block and head
-  // [layers][n_kv_heads][kv_blocks][kv_block_bytes]: one head's tokens follow each other, which
-  // the hardware's prefetcher wants.
-  Memory cache_;
+  Cache cache_;
   SharedSpace shared_;
   std::vector<ThreadSpace> thread_;
   std::mutex stepping_;

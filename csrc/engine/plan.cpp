@@ -42,12 +42,17 @@ void add_items(Chunk& chunk, const Spec& spec) {
   }
 }
 
-void add_tiles(Chunk& chunk, const StepInput& input, int64_t sequence, int64_t limit) {
+void add_tiles(Chunk& chunk, const StepInput& input, int64_t sequence, int64_t limit,
+               bool by_block) {
   const int64_t first = std::max<int64_t>(input.cu_seqlens[sequence], chunk.begin);
   const int64_t last = std::min<int64_t>(input.cu_seqlens[sequence + 1], chunk.begin + chunk.rows);
   if (last - first > 1) chunk.alone = false;
-  for (int64_t row = first; row < last; row += limit) {
-    const int64_t rows = std::min(limit, last - row), position = input.positions[row];
+  const int64_t shift = input.cached[sequence] - input.cu_seqlens[sequence];
+  for (int64_t row = first; row < last; ++row) chunk.cache_rows.push_back({sequence, row + shift});
+  for (int64_t row = first, rows; row < last; row += rows) {
+    const int64_t position = row + shift;
+    rows = std::min(limit, last - row);
+    if (by_block) rows = std::min(rows, kBlock - position % kBlock);
     chunk.tiles.push_back(
         {row - chunk.begin, rows, sequence, position, 1, 0, (position + rows - 1) / kSegment + 1});
   }
@@ -67,15 +72,16 @@ void add_logits(Chunk& chunk, const StepInput& input) {
 
 }  // namespace
 
-std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads) {
+std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads,
+                               bool by_block) {
   const int64_t limit = tile_rows(spec.group_heads());
   std::vector<Chunk> chunks;
   int64_t sequence = 0;
   for (int64_t begin = 0; begin < input.count; begin += kChunk) {
-    Chunk chunk{begin, std::min(kChunk, input.count - begin), true, {}, {}, 0, {}};
+    Chunk chunk{begin, std::min(kChunk, input.count - begin), true, {}, {}, {}, 0, {}};
     while (input.cu_seqlens[sequence + 1] <= begin) ++sequence;
     for (int64_t s = sequence; s < input.sequences && input.cu_seqlens[s] < begin + chunk.rows; ++s)
-      add_tiles(chunk, input, s, limit);
+      add_tiles(chunk, input, s, limit, by_block);
     std::stable_sort(chunk.tiles.begin(), chunk.tiles.end(), [](const Tile& a, const Tile& b) {
       return a.position + a.rows > b.position + b.rows;
     });

@@ -11,7 +11,7 @@ namespace lacewing {
 struct Tile {
   int64_t row, rows;  // in the chunk
   int64_t sequence;
-  int64_t position;  // of the first row
+  int64_t position;  // of the first row, in the cache
   int64_t parts;     // that its attention is cut into; 1: whole
   int64_t partials;  // cut: where its segments' partial results are, in floats, by KV head
   int64_t segments;  // of the sequence up to the last row
@@ -28,16 +28,24 @@ struct LogitRun {
   int64_t output;
 };
 
+// Where a row's keys and values go.
+struct CacheRow {
+  int64_t sequence, position;
+};
+
 struct Chunk {
   int64_t begin, rows;
   bool alone;  // one item per row of every sequence: it can store its keys and attend at once
-  std::vector<Tile> tiles;  // longest context first
+  std::vector<CacheRow> cache_rows;  // of every row
+  std::vector<Tile> tiles;           // longest context first
   std::vector<Item> items;
   int64_t partial_floats;
   std::vector<LogitRun> logits;
 };
 
-// `threads` decides how the work is cut, never what is computed.
-std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads);
+// `threads` decides how the work is cut, never what is computed. `by_block`: tiles do not cross a
+// block of the cache.
+std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int threads,
+                               bool by_block);
 
 }  // namespace lacewing

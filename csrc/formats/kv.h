@@ -1,5 +1,6 @@
 // KV cache codecs: how the keys and values of 16 tokens and one head lie in a block, how one token
-// is stored, and how attention reads them. A codec knows no loop, no thread and no ISA.
+// is stored, and how attention reads them. A codec knows no loop, no thread and no ISA. Many queries
+// at once read blocks of the codec `Expanded`; void: the blocks as they are.
 //
 //   f16, f32  K [head_dim][16] (lanes are tokens), V [16][pad16(head_dim)]
 //   bf16      K [pad2(head_dim)/2][16][2], V [8][pad16(head_dim)][2]: pairs of inputs, of tokens
@@ -25,7 +26,9 @@ inline constexpr int64_t pad_to(int64_t n, int64_t to) { return (n + to - 1) / t
 template <class Number>
 struct FloatKv {
   using Element = typename Number::Element;
+  using Expanded = FloatKv<struct F32>;
   static constexpr bool kInteger = false;
+  static constexpr bool kMinima = false;
   static constexpr int kRows = Number::kRows;  // inputs of keys, tokens of values
   static constexpr int64_t kRowsBytes = 16 * kRows * sizeof(Element);
 
@@ -64,6 +67,24 @@ struct FloatKv {
       for (int64_t j = i; j < i + lanes; ++j) keys[j / kRows * 16 * kRows + j % kRows] = row[j - i];
       Number::template store<S>(row, finite<S>(load_lanes<S>(v + i, lanes)));
       for (int64_t j = 0; j < 16; ++j) values[(i + j) * kRows] = row[j];
+    });
+  }
+
+  // What is stored of one token.
+  template <class S>
+  static void load(const uint8_t* block, int64_t lane, float* k, float* v, int64_t head_dim) {
+    Element row[16 * kRows] = {};
+    const auto* bytes = reinterpret_cast<const uint8_t*>(row);
+    const auto* keys = reinterpret_cast<const Element*>(block) + lane * kRows;
+    const auto* values = reinterpret_cast<const Element*>(block + values_at(head_dim) +
+                                                          lane / kRows * value_pitch(head_dim)) +
+                         lane % kRows;
+    for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
+      for (int64_t j = i; j < i + lanes; ++j)
+        row[(j - i) * kRows] = keys[j / kRows * 16 * kRows + j % kRows];
+      store_lanes<S>(k + i, Number::template load<S>(bytes, 0), lanes);
+      for (int64_t j = 0; j < lanes; ++j) row[j * kRows] = values[(i + j) * kRows];
+      store_lanes<S>(v + i, Number::template load<S>(bytes, 0), lanes);
     });
   }
 
@@ -123,9 +144,31 @@ using F16Kv = FloatKv<F16>;
 using Bf16Kv = FloatKv<Bf16Number>;
 using F32Kv = FloatKv<F32>;
 
+// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order; of four
+// tokens, `fours` = 0..3, the values' next `chunks` of 16 columns in order, then `skip(chunks)`.
+struct DenseKeys {
+  const uint8_t* at;
+  template <class S>
+  LW_INLINE typename S::U8x64 next() {
+    return S::load_u8((at += 64) - 64);
+  }
+};
+
+struct DenseValues {
+  const uint8_t* at;
+  int64_t pitch;
+  template <class S>
+  LW_INLINE typename S::U8x64 next(int fours, int chunk) {
+    return S::load_u8(at + fours * pitch + 64 * chunk);
+  }
+  LW_INLINE void skip(int chunks) { at += 64 * chunks; }
+};
+
 // int8 per token and head, symmetric: scale = f16(max|x| / 127), code = round_even(x / scale).
 struct Int8Kv {
+  using Expanded = void;
   static constexpr bool kInteger = true;
+  static constexpr bool kMinima = false;  // numbers are scale * code
   static constexpr int64_t kScales = 64;  // bytes: f16 [2][16], keys' then values'
 
   static constexpr int64_t keys_at(int64_t) { return kScales; }
@@ -138,6 +181,12 @@ struct Int8Kv {
     return values_at(head_dim) + kBlock / 4 * value_pitch(head_dim);
   }
 
+  static LW_INLINE DenseKeys keys(const uint8_t* block, int64_t head_dim) {
+    return {block + keys_at(head_dim)};
+  }
+  static LW_INLINE DenseValues values(const uint8_t* block, int64_t head_dim) {
+    return {block + values_at(head_dim), value_pitch(head_dim)};
+  }
   template <class S>
   static LW_INLINE typename S::F32x16 key_scales(const uint8_t* block) {
     return S::load_f16(reinterpret_cast<const uint16_t*>(block));
@@ -164,6 +213,21 @@ struct Int8Kv {
       for (int64_t j = 0; j < pad_to(lanes, 4); ++j)
         keys[(i + j) / 4 * 64 + j % 4] = static_cast<uint8_t>(codes[j] + 128);
     });
+  }
+
+  // What is stored of one token.
+  template <class S>
+  static void load(const uint8_t* block, int64_t lane, float* k, float* v, int64_t head_dim) {
+    float k_scale[16], v_scale[16];
+    S::store(k_scale, key_scales<S>(block));
+    S::store(v_scale, value_scales<S>(block));
+    const uint8_t* keys = block + kScales + 4 * lane;
+    const auto* values = reinterpret_cast<const int8_t*>(block + values_at(head_dim)) +
+                         lane / 4 * value_pitch(head_dim) + lane % 4;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      k[d] = static_cast<float>(keys[d / 4 * 64 + d % 4] - 128) * k_scale[lane];
+      v[d] = static_cast<float>(values[4 * d]) * v_scale[lane];
+    }
   }
 
  private:

@@ -4,7 +4,7 @@
 // Queries (row i, head j of the KV head's group) are numbered u = i * group_heads + j. A tile of
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
 // cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
-// f32 in L2. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
+// f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8, weights 15 bits. What is
 // computed for one query depends on its own tokens only, never on its neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
@@ -12,6 +12,8 @@
 //     (the cache holds finite values only); sums that may differ in the sign of a zero are
 //     normalized by adding +0 at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "ops/attention_codes.h"
 #include "ops/attention_kernels.h"
@@ -101,18 +103,16 @@ class Tile {
     wide_ = reinterpret_cast<uint8_t*>(total_.value + slots_ * pitch_);
   }
 
-  void attend() {
-    load_queries();
-    for (int64_t begin = first_; begin < stop_;) {
-      const int64_t end = segment_end(begin);
-      // Merging into nothing changes no bit: the first segment can start the total.
-      const Partial& part = begin == first_ ? total_ : segment_;
-      attend_segment(part, begin, end);
-      if (begin != first_) merge(total_, part);
-      begin = end;
-    }
+  void attend(float* earlier) {
+    gather(total_);
+    if (earlier) merge(total_, place(earlier));
     store_outputs(total_);
   }
+
+  void attend_partial(float* partial) { gather(place(partial)); }
+
+  // Floats of the tile's partial results.
+  int64_t partial_size() const { return batches_ * 16 + slots_ * (16 + pitch_); }
 
   // Segments [first, stop) of the sequence into their places in `partials`.
   void attend_part(int64_t first, int64_t stop, float* partials) {
@@ -125,18 +125,22 @@ class Tile {
   }
 
   void merge_parts(float* partials) {
+    join_parts(partials);
+    store_outputs(partial(partials, first_ / kSegment));
+  }
+
+  void join_parts(float* partials) {
     const int64_t first = first_ / kSegment, stop = (stop_ + kSegment - 1) / kSegment;
     const Partial total = partial(partials, first);
     for (int64_t i = first + 1; i < stop; ++i) merge(total, partial(partials, i));
-    store_outputs(total);
   }
 
  private:
   struct Shared {
     alignas(64) float score[12][kSpan];
     alignas(64) uint8_t codes[12][kSpan * 2];  // of weights
-    float value_scale[kSpan];
-    float rescale[16], weight_scale[16];
+    float value_scale[kSpan], value_minimum[kSpan];
+    float rescale[16], weight_scale[16], weight_minimum[16];
     float query_scale[kMaxTile + 12];
     int32_t query_sum[kMaxTile + 12];
     int64_t first[kMaxTile + 12], last[kMaxTile + 12];  // tokens attended, by slot
@@ -161,7 +165,8 @@ class Tile {
       Batch& batch = s_.batches[batches_++];
       batch = {static_cast<int>(q), batch_size<S>(queries_ - q, direct_), INT64_MAX, 0};
       for (int i = 0; i < batch.size; ++i) {
-        const int64_t last = a_.last + row_of(q + i), first = last - a_.window + 1;
+        const int64_t last = a_.last + (a_.causal ? row_of(q + i) : 0);
+        const int64_t first = last - a_.window + 1;
         s_.last[q + i] = last;
         s_.first[q + i] = a_.window > 0 && first > 0 ? first : 0;
         if (s_.first[q + i] < batch.first) batch.first = s_.first[q + i];
@@ -184,7 +189,10 @@ class Tile {
       for (int i = 0; i < batch.size; ++i) {
         const int64_t slot = batch.slot + i;
         const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
-        if constexpr (Kv::kInteger) {
+        if constexpr (Kv::kMinima) {
+          float* to = query_ + slot * pitch_;
+          for (int64_t d = 0; d < pitch_; ++d) to[d] = d < a_.head_dim ? from[d] : 0.0f;
+        } else if constexpr (Kv::kInteger) {
           s_.query_scale[slot] = query_codes<S>(from, a_.head_dim, batch.size,
                                                 codes_of(batch) + 4 * i, s_.query_sum + slot);
         } else {
@@ -208,6 +216,19 @@ class Tile {
     for (int64_t i = 0; i < slots_ * pitch_; i += 16) S::store(part.value + i, S::zero());
   }
 
+  // Everything the tile's queries attend.
+  void gather(const Partial& total) {
+    load_queries();
+    for (int64_t begin = first_; begin < stop_;) {
+      const int64_t end = segment_end(begin);
+      // Merging into nothing changes no bit: the first segment can start the total.
+      const Partial& part = begin == first_ ? total : segment_;
+      attend_segment(part, begin, end);
+      if (begin != first_) merge(total, part);
+      begin = end;
+    }
+  }
+
   // The tokens [begin, end) of one segment.
   void attend_segment(const Partial& part, int64_t begin, int64_t end) {
     reset(part);
@@ -216,10 +237,11 @@ class Tile {
       const Span span = span_of(begin, next < end ? next : end);
       if (direct_)
         attend_span<true, Kv>(part, span);
-      else if constexpr (Kv::kInteger)
+      else if constexpr (std::is_void_v<typename Kv::Expanded>)
         attend_span<false, Kv>(part, span);
       else
-        attend_span<false, F32Kv>(part, expand_span<S, Kv>(span, a_.head_dim, wide_));
+        attend_span<false, typename Kv::Expanded>(
+            part, expand_span<S, Kv>(span, a_.head_dim, wide_));
       begin = span.end;
     }
   }
@@ -236,6 +258,8 @@ class Tile {
       span.block[b] = a_.cache + a_.block_table[first + b] * bytes;
       if constexpr (Kv::kInteger)
         S::store(s_.value_scale + b * kBlock, Kv::template value_scales<S>(span.block[b]));
+      if constexpr (Kv::kMinima)
+        S::store(s_.value_minimum + b * kBlock, Kv::template value_minima<S>(span.block[b]));
     }
     return span;
   }
@@ -255,7 +279,7 @@ class Tile {
     float* value = part.value + batch.slot * pitch_;
     const Queries queries{query_ + batch.slot * pitch_, codes_of(batch),
                           s_.query_scale + batch.slot, s_.query_sum + batch.slot};
-    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.rescale};
+    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.weight_minimum, s_.rescale};
     with_size<S, Direct>(batch.size, [&]<int N>() {
       score_span<S, SpanKv, N, Direct>(queries, span, blocks, a_.head_dim, score);
       weigh(part, index, N, span.begin, blocks * kBlock);
@@ -289,9 +313,11 @@ class Tile {
       const auto max = S::set1(maxima[q]);
       float* sum = part.weight + 16 * (slot + q);
       auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q])), top = S::zero();
+      [[maybe_unused]] auto minimum = S::zero();
       for (int64_t t = 0; t < columns; t += 16) {
         auto e = exp2_negative<S>(S::mul(S::sub(S::load(score + t), max), factor));
         weight = S::add(weight, e);
+        if constexpr (Kv::kMinima) minimum = S::fma(e, S::load(s_.value_minimum + t), minimum);
         if constexpr (Kv::kInteger) {
           e = S::mul(e, S::load(s_.value_scale + t));
           top = S::max(e, top);
@@ -299,6 +325,7 @@ class Tile {
         S::store(score + t, e);
       }
       S::store(sum, weight);
+      if constexpr (Kv::kMinima) s_.weight_minimum[q] = S::sum(minimum);
       if constexpr (Kv::kInteger) s_.weight_scale[q] = S::hmax(top);
     }
     if constexpr (Kv::kInteger)
@@ -354,11 +381,28 @@ class Tile {
   uint8_t* wide_;
 };
 
+// Calls f with every tile of the rows, and where its partial results begin.
+template <class S, class Kv, class F>
+void for_tiles(const AttentionArgs& a, F f) {
+  const int64_t queries = a.rows * a.group_heads, limit = Tile<S, Kv>::limit(a.head_dim);
+  int64_t partial = 0;
+  for (int64_t u = 0; u < queries; u += limit) {
+    Tile<S, Kv> tile(a, u, queries - u < limit ? queries - u : limit);
+    f(tile, partial);
+    partial += tile.partial_size();
+  }
+}
+
 template <class S, class Kv>
 void attention(const AttentionArgs& a) {
-  const int64_t queries = a.rows * a.group_heads, limit = Tile<S, Kv>::limit(a.head_dim);
-  for (int64_t u = 0; u < queries; u += limit)
-    Tile<S, Kv>(a, u, queries - u < limit ? queries - u : limit).attend();
+  for_tiles<S, Kv>(a, [&](Tile<S, Kv>& tile, int64_t partial) {
+    tile.attend(a.earlier ? a.earlier + partial : nullptr);
+  });
+}
+
+template <class S, class Kv>
+void attend_partial(const AttentionArgs& a, float* partial) {
+  for_tiles<S, Kv>(a, [&](Tile<S, Kv>& tile, int64_t at) { tile.attend_partial(partial + at); });
 }
 
 template <class S, class Kv>
@@ -369,6 +413,11 @@ void attend_segments(const AttentionArgs& a, int64_t first, int64_t stop, float*
 template <class S, class Kv>
 void merge_segments(const AttentionArgs& a, float* partials) {
   Tile<S, Kv>(a, 0, a.rows * a.group_heads).merge_parts(partials);
+}
+
+template <class S, class Kv>
+void join_segments(const AttentionArgs& a, float* partials) {
+  Tile<S, Kv>(a, 0, a.rows * a.group_heads).join_parts(partials);
 }
 
 }  // namespace

@@ -190,6 +190,9 @@ struct Avx2 {
   static LW_INLINE I32x16 add_i32(I32x16 a, I32x16 b) {
     return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
   }
+  static LW_INLINE I32x16 max_i32(I32x16 a, I32x16 b) {
+    return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+  }
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     // packs works per 128-bit half: put the quarters in order afterwards.
     const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);

@@ -111,6 +111,7 @@ struct Avx512 {
   static LW_INLINE I32x16 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
   static LW_INLINE void store_i32(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
   static LW_INLINE I32x16 add_i32(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  static LW_INLINE I32x16 max_i32(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
   }

@@ -154,6 +154,9 @@ struct Scalar {
   static LW_INLINE I32x16 add_i32(I32x16 a, I32x16 b) {
     return map_i32([&](int i) { return a.v[i] + b.v[i]; });
   }
+  static LW_INLINE I32x16 max_i32(I32x16 a, I32x16 b) {
+    return map_i32([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
   // 16 bytes; the values are in range.
   static LW_INLINE void store_i8(int8_t* p, I32x16 a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);

@@ -131,7 +131,8 @@ def attention(
     """Causal attention of the last rows of one sequence.
 
     q `[rows, n_heads, d]` are the queries of the last `rows` of the tokens whose keys and values
-    are k, v `[tokens, n_kv_heads, d]` (stored as `kv`, in blocks of 16 at `block_table`). A token
+    are k, v `[tokens, n_kv_heads, d]` (stored as `kv`, in blocks of 16 at `block_table`; a sealed
+    format needs whole blocks of them, and all are sealed). A token
     sees itself and the window - 1 tokens before it; window 0: all of them. `parts`: segment by
     segment, as several threads do it (at most 16 queries per KV head). Returns the shape of q.
     """
@@ -151,8 +152,66 @@ def time_attention(
     """Seconds of every pass of attention of the last `rows` of `tokens` over `layers` layers of
     `kv_heads` x `group` query heads, and the bytes of their cache."""
 
+def select_blocks(
+    q: _F32,
+    k: _F32,
+    label_table: _I32,
+    channels: _I32,
+    scales: _F32,
+    scale: float,
+    last: int,
+    sinks: int,
+    recent: int,
+    budget: int,
+    isa: str | None = None,
+) -> _I32:
+    """The blocks of 16 tokens that one row's heads of one KV head attend (Double Sparsity).
+
+    q `[heads, d]` is the row at position `last`, k `[tokens, d]` are the keys; of each, `channels`
+    `[r]` in units of `scales` `[r]` are kept as int8 (256 tokens a label block, at `label_table`).
+    Returns at most `budget` block numbers, ascending: the first `sinks`, the last `recent`, and
+    those between in which the heads' softmax over the blocks' largest scores is largest.
+    """
+
+def merge(
+    q: _F32,
+    k: _F32,
+    v: _F32,
+    block_table: _I32,
+    out_table: _I32,
+    scale: float,
+    keep: int,
+    kv: str = "f16",
+    isa: str | None = None,
+) -> _F32:
+    """Keys and values `[2, keep, d]` of a prompt merged to `keep` tokens (Elastic Cache).
+
+    q `[rows, heads, d]` are the queries of the last `rows` of the tokens whose keys and values of
+    one KV head are k, v `[tokens, d]`, stored as `kv`. The first 4 tokens and the last 32 stay as
+    they are; the others become the means of what is nearest to the most important among them.
+    """
+
+def time_topk(
+    kv: str,
+    layers: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    tokens: int,
+    channels: int,
+    fraction: float,
+    passes: int = 5,
+    threads: int = 0,
+    isa: str | None = None,
+) -> tuple[list[float], list[float], list[float], int, int]:
+    """Decoding with `select_blocks`, at `fraction` of the blocks (at least 32): seconds of every
+    pass over `layers` layers of `kv_heads` x `group` query heads, of choosing alone, of attending
+    what is chosen alone, and the bytes of labels and of cache that a pass reads."""
+
 KV_FORMATS: tuple[str, ...]
 """Names of the KV cache formats."""
+KV_SEALED_FROM: dict[str, str]
+"""Of formats whose blocks are made whole: what from."""
 
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
@@ -194,7 +253,7 @@ class KvCache:
 # ---- the decoder
 
 class Model:
-    """A decoder over packed weights, with a paged KV cache of `kv_blocks` blocks of 16 tokens.
+    """A decoder over packed weights, with a paged KV cache.
 
     - `spec`: vocab_size, hidden_size, n_heads, n_kv_heads, head_dim (even, at most 512),
       intermediate_size, norm_eps, activation ("silu" or "gelu_tanh"), embedding_scale,
@@ -203,8 +262,15 @@ class Model:
       ropes: list of (cos, sin), f32 `[context, head_dim / 2]`.
     - `tensors`: Hugging Face's names; matrices are `Tensor`, vectors f32. No `lm_head.weight`: the
       embedding is the head. A `.bias` beside a matrix is added. Memory is borrowed, not copied.
+    - `kv`: stores: list of (one of `KV_FORMATS` or "labels", blocks, heads). A block is 16 tokens of
+      one head; of labels, 256.
+      heads: i32 `[layers * n_kv_heads, 10]`: store of the head's growing blocks and number in it, of
+      its sealed blocks, of its labels (store -1: none), then what query block i reads of the blocks
+      j <= i: sinks, window, stride, phase: j < sinks or i - j < window or j % stride == phase; all if
+      window is 0.
+      topk: heads with labels read one block of so many; 0: all, and no labels.
+      channels, scales: of labels, i32 and f32 `[layers * n_kv_heads, r]`.
     - `threads`: 0 takes the pool's default at this moment.
-    - `kv`: one of `KV_FORMATS`.
 
     Raises MemoryError if the cache or the work space cannot be had.
     """
@@ -213,15 +279,12 @@ class Model:
         self,
         spec: dict[str, Any],
         tensors: dict[str, Tensor | _F32],
-        kv_blocks: int,
+        kv: dict[str, Any],
         isa: str | None = None,
         threads: int = 0,
-        kv: str = "f16",
     ) -> None: ...
     @property
     def threads(self) -> int: ...
-    @property
-    def kv_blocks(self) -> int: ...
     @property
     def context(self) -> int:
         """Positions that the rope tables cover."""
@@ -230,18 +293,18 @@ class Model:
         self,
         tokens: _I32,
         positions: _I32,
-        slots: _I32,
+        cached: _I32,
         block_tables: _I32,
         cu_seqlens: _I32,
         logit_rows: _I32,
     ) -> _F32:
         """Runs T tokens of B sequences through the model; returns logits `[R, vocab_size]`.
 
-        - `tokens`, `positions`, `slots`: `[T]`. Token t of sequence b, that is
-          cu_seqlens[b] <= t < cu_seqlens[b + 1], goes to cache slot slots[t] = block * 16 + lane,
-          as its block table says, and sees positions 0..positions[t] of its sequence.
-        - `block_tables`: `[B, max_blocks]`, the block of every 16 positions.
-        - `cu_seqlens`: `[B + 1]`. Positions of one sequence's tokens are consecutive.
+        - `tokens`, `positions`: `[T]`. Positions of one sequence's tokens are consecutive.
+        - `cached`: `[B]`, tokens of each sequence in the cache before this step; its new ones follow.
+        - `block_tables`: `[stores, B, max_blocks]`: token t of a sequence is in block t // 16 of its
+          table (t // 256 in a store of labels). What a store does not keep may be any block.
+        - `cu_seqlens`: `[B + 1]`: the tokens of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1].
         - `logit_rows`: `[R]`, indices of tokens.
 
         A prompt may come in pieces. The logits of a token have the same bits however its sequence

@@ -16,7 +16,16 @@ from lacewing.cli import info, screen
 from lacewing.errors import CheckpointError
 from tests.cli.conftest import Call, spawn
 
-VERBS = [["run"], ["compress"], ["info"], ["eval"], ["diff"], ["doctor"], ["bench"]]
+VERBS = [
+    ["run"],
+    ["compress"],
+    ["info"],
+    ["eval"],
+    ["diff"],
+    ["calibrate-kv"],
+    ["doctor"],
+    ["bench"],
+]
 VERBS += [["bench", verb] for verb in ("decode", "prefill", "kernels")]
 
 

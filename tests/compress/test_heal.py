@@ -56,7 +56,9 @@ def test_it_comes_nearer_and_keeps_masks(
     format: str, lora: int | None, tmp_path: Path, dense: Path
 ) -> None:
     before = write_model(tmp_path / "before", weights(), format)
-    found = heal(before, dense, tmp_path / "after", replace(SHORT, lora_rank=lora))
+    how = replace(SHORT, lora_rank=lora, steps=60, rate=2e-3)
+    how = replace(SHORT, lora_rank=lora, steps=60, rate=2e-3)
+    found = heal(before, dense, tmp_path / "after", how)
     assert found.helped
     assert found.after < 0.95 * found.before
     old, new = open_source(before), open_source(tmp_path / "after")

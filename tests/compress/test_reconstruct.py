@@ -25,7 +25,7 @@ def test_it_lowers_the_error(format: str) -> None:
     x, y = flow()
     block, solutions = block_of(weights()), solutions_of(weights(), format)
     near = {name: block.linear(name).weight.detach().clone() for name in LAYERS}
-    found = reconstruct(block, solutions, x, y, steps=60, rate=3e-3, seed=0, masks={}, near=near)
+    found = reconstruct(block, solutions, x, y, steps=60, rate=1e-3, seed=0, masks={}, near=near)
     assert found.after < 0.99 * found.before
     for name, solution in found.solutions.items():
         if FORMATS[format].sparse:

@@ -455,12 +455,34 @@ void test_rope(const KernelTable* const* tables, int count, int64_t head_dim) {
          memcpy(y, x, static_cast<size_t>(head_dim) * 4);
          t.rope(y, cos, sin, head_dim);
        });
-  for (int kv = 0; kv < kKvFormatCount; ++kv)
+}
+
+// One block of every KV cache format: token by token, and sealed.
+void test_kv_blocks(const KernelTable* const* tables, int count, int64_t head_dim) {
+  float* x = slot<float>(kA, head_dim);
+  for (int kv = 0; kv < kKvFormatCount; ++kv) {
+    const KvInfo& info = kKvInfo[kv];
+    const auto store = [&](const KernelTable& t, int format, uint8_t* block, int64_t lane) {
+      t.kv->formats[format].store(x, x, block, lane, head_dim);
+    };
+    fill_floats(x, head_dim, -6, 6);
     for (int64_t lane : {0, 7, 15})
-      each(tables, count, "store", {nullptr, nullptr, kKvInfo[kv].name, {head_dim, lane}},
-           kKvInfo[kv].block_bytes(head_dim) / 4, [&](const KernelTable& t, float* y) {
-             t.kv->formats[kv].store(x, x, reinterpret_cast<uint8_t*>(y), lane, head_dim);
-           });
+      if (info.sealed_from < 0)
+        each(tables, count, "store", {nullptr, nullptr, info.name, {head_dim, lane}},
+             info.block_bytes(head_dim) / 4, [&](const KernelTable& t, float* y) {
+               store(t, kv, reinterpret_cast<uint8_t*>(y), lane);
+             });
+    if (info.sealed_from < 0) continue;
+    auto* grown = slot<uint8_t>(kB, kKvInfo[info.sealed_from].block_bytes(head_dim));
+    for (int64_t lane = 0; lane < kBlock; ++lane) {
+      random_activations(x, head_dim);
+      store(*tables[0], info.sealed_from, grown, lane);
+    }
+    each(tables, count, "seal", {nullptr, nullptr, info.name, {head_dim}},
+         info.block_bytes(head_dim) / 4, [&](const KernelTable& t, float* y) {
+           t.kv->formats[kv].seal(grown, reinterpret_cast<uint8_t*>(y), head_dim);
+         });
+  }
 }
 
 struct Attention {
@@ -481,15 +503,20 @@ void test_attention(const KernelTable* const* tables, int count, const Attention
     const int64_t bytes = kKvInfo[kv].block_bytes(p.head_dim);
     auto* cache = slot<uint8_t>(kPart0, blocks * bytes);
     float* token = slot<float>(kPart1, p.head_dim);
+    const int from = kKvInfo[kv].sealed_from, grows = from < 0 ? kv : from;
+    const KvKernels* kernels = tables[0]->kv->formats;
+    auto* grown = slot<uint8_t>(kC, kKvInfo[grows].block_bytes(p.head_dim));
     for (int64_t i = 0; i < blocks * kBlock; ++i) {
+      uint8_t* block = cache + i / kBlock * bytes;
       fill_floats(token, p.head_dim, -6, 1);
-      tables[0]->kv[kv].store(token, token, cache + i / kBlock * bytes, i % kBlock, p.head_dim);
+      kernels[grows].store(token, token, from < 0 ? block : grown, i % kBlock, p.head_dim);
+      if (from >= 0 && i % kBlock == kBlock - 1) kernels[kv].seal(grown, block, p.head_dim);
     }
     const Case c{
         nullptr, nullptr, kKvInfo[kv].name, {p.head_dim, p.group_heads, p.rows, p.last, p.window}};
     each(tables, count, "attention", c, p.rows * (stride + 3), [&](const KernelTable& t, float* y) {
-      t.kv->formats[kv].attention({q, stride, cache, table, p.head_dim, p.group_heads, p.rows, p.last,
-                          p.window, 0.125f, y, stride + 3, scratch});
+      t.kv->formats[kv].attention({q, stride, cache, table, p.head_dim, p.group_heads, p.rows,
+                                   p.last, p.window, 0.125f, y, stride + 3, scratch});
     });
   }
 }
@@ -497,6 +524,8 @@ void test_attention(const KernelTable* const* tables, int count, const Attention
 void test_ops(const KernelTable* const* tables, int count) {
   for (int64_t n : {1, 15, 16, 17, 33, 64, 200, 576}) test_rows(tables, count, n);
   for (int64_t head_dim : {2, 16, 20, 64, 80, 128}) test_rope(tables, count, head_dim);
+  for (int64_t head_dim : {1, 2, 8, 16, 20, 24, 64, 80, 100, 128, 256, 512})
+    test_kv_blocks(tables, count, head_dim);
   for (int64_t head_dim : {16, 20, 64, 128})
     for (int64_t group_heads : {1, 3, 4})
       for (int64_t rows : {1, 5})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.engine.blocks import BLOCK_SIZE
+from lacewing.engine.blocks import BLOCK_SIZE, Store
 from lacewing.engine.engine import Engine
 from lacewing.engine.llm import LLM
 from lacewing.engine.runner import Runner
@@ -35,26 +35,26 @@ class FakeModel:
         self,
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32],
-        slots: NDArray[np.int32],
+        cached: NDArray[np.int32],
         block_tables: NDArray[np.int32],
         cu_seqlens: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
     ) -> NDArray[np.float32]:
-        for array in (tokens, positions, slots, block_tables, cu_seqlens, logit_rows):
+        for array in (tokens, positions, cached, block_tables, cu_seqlens, logit_rows):
             assert array.dtype == np.int32
             assert array.flags.c_contiguous
-        assert len(tokens) == len(positions) == len(slots) == cu_seqlens[-1]
+        assert len(tokens) == len(positions) == cu_seqlens[-1]
+        assert cached.tolist() == [positions[at] for at in cu_seqlens[:-1]]
+        (tables,) = block_tables
+        owner = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
+        slots = tables[owner, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         assert len(set(slots.tolist())) == len(slots), "a slot is written twice in one step"
         if self.fail_at is not None and len(self.steps) >= self.fail_at:
             self.fail_at = None
             raise self.error
         self.steps.append(np.diff(cu_seqlens).tolist())
         self.cache[slots] = tokens
-        owner = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
-        for t, slot in enumerate(slots):
-            block = block_tables[owner[t]][positions[t] // BLOCK_SIZE]
-            assert slot == block * BLOCK_SIZE + positions[t] % BLOCK_SIZE
-        rows = [self._row(block_tables[owner[r]], int(positions[r])) for r in logit_rows]
+        rows = [self._row(tables[owner[r]], int(positions[r])) for r in logit_rows]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab)
 
     def _row(self, table: NDArray[np.int32], position: int) -> NDArray[np.float32]:
@@ -127,7 +127,7 @@ def fake_engine(
     kv_blocks: int = 64, max_context: int = 256, model: FakeModel | None = None, **options: int
 ) -> Engine:
     model = model or FakeModel(kv_blocks)
-    runner = Runner(model, model.vocab, max_context, kv_blocks)
+    runner = Runner(model, model.vocab, max_context, [Store(kv_blocks)])
     return Engine(runner, ByteDecoder, (EOS,), **options)
 
 
@@ -135,7 +135,7 @@ def fake_llm(
     kv_blocks: int = 64, max_context: int = 256, model: FakeModel | None = None, **options: int
 ) -> LLM:
     model = model or FakeModel(kv_blocks)
-    runner = Runner(model, model.vocab, max_context, kv_blocks)
+    runner = Runner(model, model.vocab, max_context, [Store(kv_blocks)])
     return LLM.from_parts(runner, FakeText(), **options)
 
 

@@ -20,7 +20,7 @@ prompts = st.lists(st.lists(st.integers(1, 255), min_size=1, max_size=60), min_s
 def run(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
     while len(engine.scheduler):
         engine.step()
-    assert engine.scheduler.blocks.free == engine.scheduler.blocks.total
+    assert engine.scheduler.blocks.free == (engine.scheduler.blocks.stores[0].total,)
     assert all(sequence.finished for sequence in sequences)
     return [sequence.output for sequence in sequences]
 
@@ -202,7 +202,7 @@ def test_score_equals_the_slow_twin(count: int, monkeypatch: pytest.MonkeyPatch)
     assert found.dtype == np.float32
     assert found.tolist() == pytest.approx(slow_score(tokens), abs=1e-5)
     assert max(map(max, model.steps)) <= 48, "the logits held at once are bounded"
-    assert engine.scheduler.blocks.free == 16
+    assert engine.scheduler.blocks.free == (16,)
 
 
 def test_score_between_steps_of_a_full_engine() -> None:
@@ -225,7 +225,7 @@ def test_an_interrupted_score_leaks_nothing() -> None:
     engine = fake_engine(16, model=model)
     with pytest.raises(KeyboardInterrupt):
         engine.score([1] * 100)
-    assert engine.scheduler.blocks.free == 16
+    assert engine.scheduler.blocks.free == (16,)
     assert len(engine.score([1] * 100)) == 99
 
 
@@ -264,11 +264,11 @@ def test_a_step_takes_the_blocks_of_logits_back() -> None:
     engine = fake_engine(16)
     chunks = engine.logits([4] * 250)
     next(chunks)
-    assert engine.scheduler.blocks.free == 0
+    assert engine.scheduler.blocks.free == (0,)
     assert run(engine, [ask(engine, [1] * 200, SamplingParams(max_tokens=9))]) == [
         continuation([1] * 200, 9)
     ]
-    assert engine.scheduler.blocks.free == 16
+    assert engine.scheduler.blocks.free == (16,)
 
 
 def test_logits_go_on_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +309,9 @@ def test_closed_logits_give_their_blocks_back() -> None:
     next(chunks)
     next(others)
     chunks.close()
-    assert engine.scheduler.blocks.free == 9, "those of the other call stay"
+    assert engine.scheduler.blocks.free == (9,), "those of the other call stay"
     others.close()
-    assert engine.scheduler.blocks.free == 16
+    assert engine.scheduler.blocks.free == (16,)
 
 
 def test_interrupted_logits_leak_nothing() -> None:
@@ -321,5 +321,5 @@ def test_interrupted_logits_leak_nothing() -> None:
     model.fail_at, model.error = 0, KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         read(engine, [1] * 100, 20)
-    assert engine.scheduler.blocks.free == 16
+    assert engine.scheduler.blocks.free == (16,)
     assert read(engine, [1] * 100, 90) == slow_logits([1] * 100, 90)

@@ -29,7 +29,7 @@ def run(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) 
     sequences = [ask(engine, p, each) for p, each in zip(prompts, params, strict=True)]
     while len(engine.scheduler):
         engine.step()
-    assert engine.scheduler.blocks.free == engine.scheduler.blocks.total
+    assert engine.scheduler.blocks.free == (engine.scheduler.blocks.stores[0].total,)
     return [(sequence.output, sequence.logprobs) for sequence in sequences]
 
 

@@ -21,7 +21,7 @@ from tests.engine.fakes import EOS, FakeModel, continuation, fake_llm, said
 
 def free_blocks(llm: LLM) -> int:
     assert len(llm.engine.scheduler) == 0
-    return llm.engine.scheduler.blocks.free
+    return llm.engine.scheduler.blocks.free[0]
 
 
 def joined(pieces: list[Piece]) -> str:

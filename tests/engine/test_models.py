@@ -26,6 +26,9 @@ import pytest
 
 from lacewing import _C, LLM, SamplingParams, formats
 from lacewing.checkpoint import PackedModel, load_model
+from lacewing.engine.blocks import Store
+from lacewing.engine.kv import parse_kv
+from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import build_model
 from lacewing.engine.text import Text
 from lacewing.formats import FORMATS, PackedTensor
@@ -58,16 +61,16 @@ def native_logits(
     spec: DecoderSpec, tensors: Tensors, tokens: list[int], chunk: int, isa: str | None
 ) -> Array:
     """Logits of every token, fed in chunks, through cache blocks out of order."""
-    model = build_model(spec, tensors, 256, 8, isa, 2)
-    table = np.array([[5, 3, 7, 1, 0, 2, 4, 6]], np.int32)
+    layout = lay_out(spec, parse_kv("f16"), None, 0)  # in one store
+    model = build_model(spec, tensors, 256, layout, [Store(8)], isa, 2)
+    table = np.array([[[5, 3, 7, 1, 0, 2, 4, 6]]], np.int32)
     found = []
     for begin in range(0, len(tokens), chunk):
         part = np.array(tokens[begin : begin + chunk], np.int32)
         positions = np.arange(begin, begin + len(part), dtype=np.int32)
-        slots = table[0, positions // 16] * 16 + positions % 16
         bounds = np.array([0, len(part)], np.int32)
         rows = np.arange(len(part), dtype=np.int32)
-        found.append(model.step(part, positions, slots, table, bounds, rows))
+        found.append(model.step(part, positions, positions[:1].copy(), table, bounds, rows))
     return np.concatenate(found)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lacewing.engine.blocks import Store
+from lacewing.engine.kv import block_bytes, parse_kv
+from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import (
     Runner,
     available_memory,
     choose_context,
-    choose_kv_blocks,
-    kv_block_bytes,
+    choose_stores,
     native_spec,
 )
 from lacewing.engine.sampling import SamplingParams
@@ -50,15 +52,15 @@ class Recorder:
 
 def sequence(tokens: list[int], table: list[int]) -> Sequence:
     made = Sequence.start(tokens, SamplingParams(), None, 1000)
-    made.table = array("i", table)
+    made.tables.tables = [array("i", table)]
     return made
 
 
 def test_one_decoding_sequence() -> None:
     model = Recorder()
     chunk = Chunk(sequence(list(range(20)), [5, 3]), 19, 1, True)
-    Runner(model, 64, 128, 8).step([chunk])
-    assert model.call == [[19], [19], [3 * 16 + 3], [[5, 3]], [0, 1], [0]]
+    Runner(model, 64, 128, [Store(8)]).step([chunk])
+    assert model.call == [[19], [19], [19], [[[5, 3]]], [0, 1], [0]]
 
 
 def test_a_prompt_beside_a_decoding_sequence() -> None:
@@ -66,19 +68,19 @@ def test_a_prompt_beside_a_decoding_sequence() -> None:
     prompt = Chunk(sequence([7, 8, 9, 10], [2]), 1, 2, False)
     decoding = Chunk(sequence(list(range(40, 58)), [6, 1]), 17, 1, True)
     rest = Chunk(sequence([1, 2], [0]), 0, 2, True)
-    Runner(model, 64, 128, 8).step([decoding, prompt, rest])
-    tokens, positions, slots, tables, bounds, rows = model.call
+    Runner(model, 64, 128, [Store(8)]).step([decoding, prompt, rest])
+    tokens, positions, cached, tables, bounds, rows = model.call
     assert tokens == [57, 8, 9, 1, 2]
     assert positions == [17, 1, 2, 0, 1]
-    assert slots == [17, 33, 34, 0, 1]
-    assert tables == [[6, 1], [2, 0], [0, 0]]
+    assert cached == [17, 1, 0]
+    assert tables == [[[6, 1], [2, 0], [0, 0]]]
     assert bounds == [0, 1, 3, 5]
     assert rows == [0, 4]
 
 
 def test_every_row() -> None:
     model = Recorder()
-    Runner(model, 64, 128, 8).step([Chunk(sequence([1, 2, 3], [0]), 0, 3, False)], every_row=True)
+    Runner(model, 64, 128, [Store(8)]).step([Chunk(sequence([1, 2, 3], [0]), 0, 3, False)], every_row=True)
     assert model.call[-1] == [0, 1, 2]
 
 
@@ -95,16 +97,25 @@ def test_the_context() -> None:
 
 
 def test_the_cache_takes_what_memory_allows() -> None:
-    mib = 2**20
-    assert choose_kv_blocks(mib, 160, None) == 40  # four sequences where nothing is known
-    assert choose_kv_blocks(mib, 160, 1000 * mib) == 40
-    assert choose_kv_blocks(mib, 160, 100 * mib) == 25  # a quarter of the memory
-    assert choose_kv_blocks(mib, 160, 11 * mib) == 10  # one sequence at least
+    spec, mib = get_spec(CONFIG), 2**20
+    layout = lay_out(spec, parse_kv("f16"), None, 160)
+    layout.head_dim = 2**20 // (2 * 2 * 16 * 6)  # a mebibyte for 16 tokens of 6 heads
+    one = layout.bytes(layout.sizes(1, 160, 160))
+    assert 9.9 * mib < one < 10.1 * mib
+
+    def blocks(available: int | None) -> int:
+        (store,) = choose_stores(layout, 160, 160, available)
+        return store.total
+
+    assert blocks(None) == 40  # four sequences where nothing is known
+    assert blocks(100 * one) == 40
+    assert blocks(10 * one) == 25  # a quarter of the memory
+    assert blocks(one) == 10  # one sequence at least
     with pytest.raises(RequestError, match="needs 10 MiB, only 9 MiB are available") as error:
-        choose_kv_blocks(mib, 160, 9 * mib)
+        blocks(9 * mib)
     assert error.value.hint == "ask for less: `max_context=72`"
     with pytest.raises(RequestError) as error:
-        choose_kv_blocks(mib, 160, 0)
+        blocks(0)
     assert error.value.hint == "free some memory"
 
 
@@ -143,11 +154,8 @@ def test_the_native_spec_has_what_the_contract_says() -> None:
     assert {"vocab_size", "qk_norm", "sandwich_norm", "embedding_scale"} < set(native)
 
 
-def test_bytes_of_a_block() -> None:
-    spec, floats = get_spec(CONFIG), 3 * 2 * 16 * 8  # layers x KV heads x tokens x head_dim, of K
-    # V is padded to 16 columns.
-    assert kv_block_bytes(spec) == kv_block_bytes(spec, "bf16") == floats * 3 * 2
-    assert kv_block_bytes(spec, "f32") == floats * 3 * 4
-    assert kv_block_bytes(spec, "int8") == floats * 3 + 3 * 2 * 64
-    with pytest.raises(RequestError, match=r"`kv` must be one of `f16`, .*, got 'int9'"):
-        kv_block_bytes(spec, "int9")
+@pytest.mark.parametrize("kv", ["f16", "bf16", "f32", "int8"])
+def test_bytes_of_the_cache(kv: str) -> None:
+    spec = get_spec(CONFIG)
+    layout = lay_out(spec, parse_kv(kv), None, 64)
+    assert layout.bytes(layout.sizes(1, 64, 64)) == 4 * block_bytes(kv, spec.head_dim) * 3 * 2

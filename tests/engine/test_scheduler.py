@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lacewing.engine.blocks import BLOCK_SIZE, BlockManager, blocks_for
+from lacewing.engine.blocks import BLOCK_SIZE, BlockManager, Store, blocks_for
 from lacewing.engine.sampling import SamplingParams
 from lacewing.engine.scheduler import Chunk, Scheduler
 from lacewing.engine.sequence import Sequence
@@ -45,14 +45,15 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
         assert chunk.count > 0
         end = chunk.start + chunk.count
         assert chunk.samples == (end == len(chunk.sequence.tokens))
-        assert len(chunk.sequence.table) >= blocks_for(end)
+        assert len(chunk.sequence.tables.tables[0]) >= blocks_for(end)
         for p in range(chunk.start, end):
-            slots.add(chunk.sequence.table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+            slots.add(chunk.sequence.tables.tables[0][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
     assert len(slots) == sum(chunk.count for chunk in chunks), "a slot is used twice"
-    owned = [b for s in (*scheduler.running, *scheduler.waiting) for b in s.table]
+    everyone = (*scheduler.running, *scheduler.waiting)
+    owned = [b for s in everyone for b in scheduler.blocks.owned(s.tables)]
     assert len(owned) == len(set(owned)), "a block has two owners"
-    assert len(owned) + scheduler.blocks.free == scheduler.blocks.total, "a block is lost"
-    assert all(not s.table and s.computed == 0 for s in scheduler.waiting)
+    assert len(owned) + scheduler.blocks.free[0] == scheduler.blocks.stores[0].total, "a block is lost"
+    assert all(not s.tables.tables and s.computed == 0 for s in scheduler.waiting)
 
 
 @settings(max_examples=200)
@@ -60,7 +61,7 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
 def test_every_request_finishes(
     wanted: list[tuple[int, int, int]], total: int, budget: int, together: int
 ) -> None:
-    blocks = BlockManager(total)  # ten blocks hold the longest sequence alone
+    blocks = BlockManager([Store(total)])  # ten blocks hold the longest sequence alone
     scheduler = Scheduler(blocks, budget, together)
     arriving = [(step, sequence(prompt, output)) for prompt, output, step in wanted]
     sequences = [each for _, each in arriving]
@@ -73,14 +74,14 @@ def test_every_request_finishes(
         step += 1
         assert step < 20_000
     assert all(len(s.output) == s.max_tokens for s in sequences)
-    assert blocks.free == blocks.total
-    assert all(len(s.table) == 0 for s in sequences)
+    assert blocks.free == (blocks.stores[0].total,)
+    assert all(not s.tables.tables for s in sequences)
 
 
 @settings(max_examples=50)
 @given(requests, st.data())
 def test_aborting_leaks_nothing(wanted: list[tuple[int, int, int]], data: st.DataObject) -> None:
-    scheduler = Scheduler(BlockManager(12), 32, 4)
+    scheduler = Scheduler(BlockManager([Store(12)]), 32, 4)
     sequences = [sequence(prompt, output) for prompt, output, _ in wanted]
     for each in sequences:
         scheduler.add(each)
@@ -88,18 +89,18 @@ def test_aborting_leaks_nothing(wanted: list[tuple[int, int, int]], data: st.Dat
         take_step(scheduler)
         victim = data.draw(st.sampled_from(sequences))
         scheduler.remove(victim)
-    assert scheduler.blocks.free == scheduler.blocks.total
+    assert scheduler.blocks.free[0] == scheduler.blocks.stores[0].total
 
 
 def test_a_long_prompt_is_cut_by_the_budget() -> None:
-    scheduler = Scheduler(BlockManager(100), 32, 8)
+    scheduler = Scheduler(BlockManager([Store(100)]), 32, 8)
     scheduler.add(sequence(70, 2))
     counts = [[(c.start, c.count, c.samples) for c in take_step(scheduler)] for _ in range(4)]
     assert counts == [[(0, 32, False)], [(32, 32, False)], [(64, 6, True)], [(70, 1, True)]]
 
 
 def test_decoding_goes_on_beside_a_long_prompt() -> None:
-    scheduler = Scheduler(BlockManager(100), 32, 8)
+    scheduler = Scheduler(BlockManager([Store(100)]), 32, 8)
     first, second = sequence(4, 10), sequence(100, 2)
     scheduler.add(first)
     take_step(scheduler)
@@ -110,14 +111,14 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
 
 
 def test_prompts_share_a_step() -> None:
-    scheduler = Scheduler(BlockManager(100), 64, 8)
+    scheduler = Scheduler(BlockManager([Store(100)]), 64, 8)
     for _ in range(3):
         scheduler.add(sequence(25, 2))
     assert [c.count for c in take_step(scheduler)] == [25, 25, 14]
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
-    scheduler = Scheduler(BlockManager(4), 64, 8)
+    scheduler = Scheduler(BlockManager([Store(4)]), 64, 8)
     old, young, late = sequence(31, 20), sequence(31, 20), sequence(5, 1)
     for each in (old, young, late):
         scheduler.add(each)
@@ -132,7 +133,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
 
 
 def test_one_sequence_alone_may_use_every_block() -> None:
-    scheduler = Scheduler(BlockManager(3), 64, 8)
+    scheduler = Scheduler(BlockManager([Store(3)]), 64, 8)
     alone = sequence(1, 48)
     scheduler.add(alone)
     for _ in range(48):
@@ -143,18 +144,18 @@ def test_one_sequence_alone_may_use_every_block() -> None:
 
 @pytest.mark.parametrize("damage", ["none", "block lost", "sequence nowhere twice"])
 def test_preempt_all_recovers_from_any_state(damage: str) -> None:
-    scheduler = Scheduler(BlockManager(20), 64, 8)
+    scheduler = Scheduler(BlockManager([Store(20)]), 64, 8)
     sequences = [sequence(20, 10) for _ in range(3)]
     for each in sequences:
         scheduler.add(each)
     take_step(scheduler)
     if damage == "block lost":
-        sequences[0].table.pop()
+        sequences[0].tables.tables[0].pop()
     elif damage == "sequence nowhere twice":
         scheduler.waiting.appendleft(sequences[-1])  # interrupted between the two queues
     scheduler.preempt_all()
     assert list(scheduler.waiting) == sequences
-    assert scheduler.blocks.free == 20
+    assert scheduler.blocks.free == (20,)
     while len(scheduler):
         take_step(scheduler)
     assert [len(s.output) for s in sequences] == [10, 10, 10]

@@ -8,6 +8,9 @@ import numpy as np
 
 from lacewing import formats
 from lacewing.engine.engine import Engine
+from lacewing.engine.blocks import Store
+from lacewing.engine.kv import parse_kv
+from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import Runner, build_model
 from lacewing.models import DecoderSpec, get_spec
 from tests.engine.fakes import EOS, VOCAB, ByteDecoder
@@ -54,5 +57,6 @@ def tiny_engine(
     kv_blocks: int = 128,
     **options: int,
 ) -> Engine:
-    model = build_model(tiny_spec(), tiny_tensors(format), 512, kv_blocks, isa, threads)
-    return Engine(Runner(model, VOCAB, 512, kv_blocks), ByteDecoder, (EOS,), **options)
+    layout, stores = lay_out(tiny_spec(), parse_kv("f16"), None, 512), [Store(kv_blocks)]
+    model = build_model(tiny_spec(), tiny_tensors(format), 512, layout, stores, isa, threads)
+    return Engine(Runner(model, VOCAB, 512, stores), ByteDecoder, (EOS,), **options)

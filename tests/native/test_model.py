@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from lacewing import _C, formats
+from lacewing.engine.blocks import Store
+from lacewing.engine.kv import parse_kv
+from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import build_model, native_spec
 from lacewing.formats import FORMATS
 from lacewing.models import DecoderSpec
@@ -49,14 +52,17 @@ class Feeder:
     ) -> None:
         rows = -(-context // 16)
         blocks = max(BLOCKS, 3 * rows)
+        spec = tiny_spec(name)
+        layout = lay_out(spec, parse_kv(kv), None, 0)  # in one store
+        stores = [Store(blocks, plan.block_tokens) for plan in layout.stores]
         self.model: Any = build_model(
-            tiny_spec(name),
+            spec,
             packed_weights(name, format),
             context,
-            blocks,
+            layout,
+            stores,
             isa or exact_isa(format),
             threads,
-            kv,
         )
         order = np.random.default_rng(seed).permutation(blocks)
         self.tables = order[: 3 * rows].reshape(3, rows).astype(np.int32)
@@ -67,12 +73,12 @@ class Feeder:
         """Arguments of a step over pieces (sequence, first position, tokens)."""
         tokens = [t for _, _, piece in pieces for t in piece]
         places = [(s, p) for s, first, piece in pieces for p in range(first, first + len(piece))]
-        slots = [self.tables[s, p // 16] * 16 + p % 16 for s, p in places]
         bounds = np.cumsum([0, *(len(piece) for _, _, piece in pieces)])
         wanted = range(len(tokens)) if rows is None else rows
-        lists = tokens, [p for _, p in places], slots, bounds, list(wanted)
+        cached = [first for _, first, _ in pieces]
+        lists = tokens, [p for _, p in places], cached, bounds, list(wanted)
         flat = [np.array(each, np.int32) for each in lists]
-        return [*flat[:3], self.tables[[s for s, _, _ in pieces]].copy(), *flat[3:]]
+        return [*flat[:3], self.tables[None, [s for s, _, _ in pieces]].copy(), *flat[3:]]
 
     def step(
         self, pieces: list[tuple[int, int, list[int]]], rows: list[int] | None = None
@@ -134,7 +140,7 @@ def test_alone_and_in_a_batch(name: str, format: str) -> None:
     assert (third[1] == whole([*prompts[1], 2], name=name, format=format)[-1]).all()
 
 
-@pytest.mark.parametrize("kv", _C.KV_FORMATS)
+@pytest.mark.parametrize("kv", [kv for kv in _C.KV_FORMATS if kv not in _C.KV_SEALED_FROM])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_kv_format_and_thread_count(name: str, kv: str) -> None:
     """A prompt, then single tokens at positions where one sequence's attention is cut for several
@@ -190,13 +196,14 @@ def test_mixed_formats_in_one_layer() -> None:
         if weight.ndim == 2:
             used += 1
         tensors[key] = formats.pack(weight, names[used % 6]) if weight.ndim == 2 else weight
-    table = np.arange(4, dtype=np.int32)[None]
+    layout = lay_out(spec, parse_kv("f16"), None, 0)
+    table = np.arange(4, dtype=np.int32)[None, None]
     tokens, at = np.array(tiny_tokens(20), np.int32), np.arange(20, dtype=np.int32)
     found = []
     for isa in [isa for isa in USABLE if promises_same_bits("bf16", isa)]:
-        model = build_model(spec, tensors, 64, 4, isa, 2)
+        model = build_model(spec, tensors, 64, layout, [Store(4)], isa, 2)
         bounds = np.array([0, 20], np.int32)
-        found.append(model.step(tokens, at, at.copy(), table, bounds, at.copy()))
+        found.append(model.step(tokens, at, at[:1], table, bounds, at.copy()))
         ones = [
             model.step(
                 tokens[i : i + 1], at[i : i + 1], at[i : i + 1], table, bounds[:2] // 20, at[:1]
@@ -220,10 +227,10 @@ GOOD: list[tuple[int, int, list[int]]] = [(0, 0, [1, 2, 3]), (1, 20, [4, 5])]
         (1, (0, 5), "positions of sequence 0 must be consecutive, got 1 after 5"),
         (1, (3, -1), r"positions\[3\] must be in 0\.\.95, got -1"),
         (1, (4, 23), "positions of sequence 1 must be consecutive, got 23 after 20"),
-        (2, (1, 7), r"slots\[1\] must be \d+ by its block table, got 7"),
-        (2, (1, -1), r"slots\[1\] must be \d+ by its block table, got -1"),
-        (3, ((0, 0), -1), r"block_tables\[0, 0\] must be in 0\.\.39, got -1"),
-        (3, ((1, 1), BLOCKS), r"block_tables\[1, 1\] must be in 0\.\.39, got 40"),
+        (2, (1, 21), r"cached\[1\] must be in 0\.\.20, got 21"),
+        (2, (0, -1), r"cached\[0\] must be in 0\.\.0, got -1"),
+        (3, ((0, 0, 0), -1), r"block_tables\[0, 0, 0\] must be in 0\.\.39, got -1"),
+        (3, ((0, 1, 1), BLOCKS), r"block_tables\[0, 1, 1\] must be in 0\.\.39, got 40"),
         (4, (0, 1), "cu_seqlens must start at 0, got 1"),
         (4, (1, -3), "cu_seqlens must not decrease, got -3 after 0"),
         (4, (1, 9), "cu_seqlens must not decrease, got 5 after 9"),
@@ -249,23 +256,36 @@ def test_lengths_and_types() -> None:
         with pytest.raises(error, match=message):
             feeder.model.step(*good[:index], value, *good[index + 1 :])
 
-    refused(1, good[1][:4], ValueError, "tokens, positions and slots must have the same length")
-    refused(2, good[2][:4], ValueError, "tokens, positions and slots must have the same length")
-    refused(3, good[3][:1], ValueError, "cu_seqlens must have one value more than block_tables")
-    refused(3, good[3][:, :1].copy(), ValueError, "block_tables must have at least 2 columns")
+    refused(1, good[1][:4], ValueError, "tokens and positions must have the same length")
+    refused(2, good[2][:1], ValueError, r"cached must have one value per sequence \(2\), got 1")
+    refused(3, good[3][:, :1], ValueError, "cu_seqlens must have one value more than block_tables")
+    refused(3, good[3][:0], ValueError, r"must be \[1, sequences, blocks\], got \[0, 2, 6\]")
+    refused(3, good[3][:, :, :1].copy(), ValueError, "block_tables must have at least 2 columns")
     for index in range(6):
         refused(index, good[index].astype(np.int64), TypeError, "incompatible function arguments")
         refused(index, good[index].astype(np.float32), TypeError, "incompatible")
-    refused(3, good[3][:, ::2], TypeError, "incompatible")
+    refused(3, good[3][:, :, ::2], TypeError, "incompatible")
 
 
 def test_a_position_beyond_the_context() -> None:
     feeder = Feeder()
     late = feeder.arguments([(0, 94, [1, 2])])
     late[1] += 1
-    late[2] += 1
     with pytest.raises(ValueError, match=r"positions\[1\] must be in 0\.\.95, got 96"):
         feeder.model.step(*late)
+
+
+def cache(blocks: int = BLOCKS, kv: str = "f16", **changes: Any) -> dict[str, Any]:
+    """What is said of the cache of `parts_of_a_model`."""
+    heads = np.array([[0, i, -1, 0, -1, 0, 0, 0, 0, 0] for i in range(6)], np.int32)
+    return {"stores": [(kv, blocks, 6)], "heads": heads, "topk": 0} | changes
+
+
+def heads(field: int, value: int) -> Array:
+    """Heads as in `cache`, but for one field of the last."""
+    found: Array = cache()["heads"]
+    found[-1, field] = value
+    return found
 
 
 def parts_of_a_model() -> tuple[DecoderSpec, dict[str, Any], dict[str, Any]]:
@@ -308,13 +328,13 @@ def parts_of_a_model() -> tuple[DecoderSpec, dict[str, Any], dict[str, Any]]:
 def test_a_wrong_spec(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     _, native, tensors = parts_of_a_model()
     with pytest.raises(error, match=message):
-        _C.Model(native | changes, tensors, BLOCKS)
+        _C.Model(native | changes, tensors, cache())
 
 
 def test_wrong_tensors() -> None:
     _, native, tensors = parts_of_a_model()
     with pytest.raises(ValueError, match="spec needs `qk_norm`"):
-        _C.Model({k: v for k, v in native.items() if k != "qk_norm"}, tensors, BLOCKS)
+        _C.Model({k: v for k, v in native.items() if k != "qk_norm"}, tensors, cache())
     for key, value, error, message in [
         ("model.norm.weight", np.zeros(95, np.float32), ValueError, r"must be \[96\], got \[95\]"),
         ("model.norm.weight", np.zeros(96), TypeError, "must be a contiguous f32 1-D array"),
@@ -322,17 +342,31 @@ def test_wrong_tensors() -> None:
         ("model.layers.0.mlp.up_proj.bias", np.zeros(9, np.float32), ValueError, r"\[160\]"),
     ]:
         with pytest.raises(error, match=message):
-            _C.Model(native, tensors | {key: value}, BLOCKS)
+            _C.Model(native, tensors | {key: value}, cache())
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"kv_blocks": 0}, ValueError, r"kv_blocks must be in 1\.\.134217727, got 0"),
-        ({"kv_blocks": 2**40}, ValueError, "kv_blocks must be in"),
-        ({"kv_blocks": 4, "threads": -1}, ValueError, r"threads must be in 0\.\.1024, got -1"),
-        ({"kv_blocks": 4, "kv": "int9"}, ValueError, "Model: kv must be one of `f16`"),
-        ({"kv_blocks": 4, "isa": "neon"}, ValueError, "isa must be one of"),
+        ({"kv": cache(0)}, ValueError, r"blocks must be in 1\.\.134217727, got 0"),
+        ({"kv": cache(2**40)}, ValueError, "blocks must be in"),
+        ({"kv": cache(kv="int9")}, ValueError, "Model: kv must be one of `f16`"),
+        ({"kv": cache(stores=[])}, ValueError, "`kv.stores` must not be empty"),
+        ({"kv": cache(stores=[3])}, TypeError, "`kv.stores` must be tuples of three"),
+        ({"kv": cache(stores=[("f16", 4)])}, ValueError, "`kv.stores` must be tuples"),
+        ({"kv": cache(stores=[("labels", 4, 6)])}, ValueError, "must be of a format that grows"),
+        ({"kv": cache(stores=[("f16", 4, 5)])}, ValueError, r"index must be in 0\.\.4, got 5"),
+        ({"kv": cache(heads=heads(0, 1))}, ValueError, r"store must be in 0\.\.0, got 1"),
+        ({"kv": cache(heads=heads(0, -1))}, ValueError, r"store must be in 0\.\.0, got -1"),
+        ({"kv": cache(heads=heads(2, 0))}, ValueError, "must be sealed from the first"),
+        ({"kv": cache(heads=heads(4, 0))}, ValueError, "third store must be labels"),
+        ({"kv": cache(heads=heads(7, -1))}, ValueError, "a span must not be negative"),
+        ({"kv": cache(heads=heads(0, 0)[:5])}, ValueError, r"must be an i32 array \[6, 10\]"),
+        ({"kv": cache(topk=16)}, ValueError, "`kv.topk` and labels go together"),
+        ({"kv": cache(topk=-1)}, ValueError, "`kv.topk` must be in"),
+        ({"kv": {}}, ValueError, "needs `stores`"),
+        ({"kv": cache(), "threads": -1}, ValueError, r"threads must be in 0\.\.1024, got -1"),
+        ({"kv": cache(), "isa": "neon"}, ValueError, "isa must be one of"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -348,7 +382,7 @@ def test_wrong_options(options: dict[str, Any], error: type[Exception], message:
 def test_a_cache_larger_than_memory() -> None:
     _, native, tensors = parts_of_a_model()
     with pytest.raises(MemoryError):
-        _C.Model(native, tensors, 2**27 - 1)
+        _C.Model(native, tensors, cache(2**27 - 1))
 
 
 def test_the_model_keeps_its_weights() -> None:
@@ -361,4 +395,4 @@ def test_the_model_keeps_its_weights() -> None:
 
 def test_properties() -> None:
     feeder = Feeder(threads=3)
-    assert (feeder.model.threads, feeder.model.kv_blocks, feeder.model.context) == (3, 40, CONTEXT)
+    assert (feeder.model.threads, feeder.model.context) == (3, CONTEXT)

@@ -32,6 +32,7 @@ __all__ = [
     "read_text",
     "reading",
     "release",
+    "replace_file",
     "shown",
     "write_file",
 ]
@@ -194,6 +195,21 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file, in the place of one that may be there: it is the old or the new one whole, at
+    any instant. Raises CheckpointError where it cannot be written."""
+    target = Path(os.path.realpath(path))
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    with _writing(target):
+        try:
+            write_file(partial, data)
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_directory(target.parent)
 
 
 @contextmanager

@@ -11,7 +11,18 @@ from typing import Annotated, cast
 
 import typer
 
-from lacewing.cli import bench, compress, diff, doctor, evaluate, heal, info, run, screen
+from lacewing.cli import (
+    bench,
+    calibratekv,
+    compress,
+    diff,
+    doctor,
+    evaluate,
+    heal,
+    info,
+    run,
+    screen,
+)
 from lacewing.errors import LacewingError
 
 app = typer.Typer(
@@ -26,6 +37,9 @@ app = typer.Typer(
 app.command(short_help="Ask a model, or chat with it.")(run.run)
 app.command(short_help="Round and pack a model.")(compress.compress)
 app.command(short_help="Let a compressed model learn from the dense one.")(heal.heal)
+app.command(name="calibrate-kv", short_help="Find what of the KV cache is read.")(
+    calibratekv.calibrate_kv
+)
 app.command(short_help="What is inside a model.")(info.info)
 app.command(name="eval", short_help="Judge a model: text, items, reference.")(evaluate.evaluate)
 app.command(short_help="Two models side by side.")(diff.diff)

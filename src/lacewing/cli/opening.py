@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lacewing.checkpoint import AUTO, PackedModel, Report, load_model
 from lacewing.cli import screen
 from lacewing.engine import LLM, default_model
-from lacewing.engine.kv import check_kv
+from lacewing.engine.runner import find_plan
 from lacewing.formats import PackedTensor
 from lacewing.native import check_isa, check_threads, compiled
 
@@ -67,8 +67,8 @@ def open_llm(
     """Opens MODEL (None: the demo model) in `format`; says on stderr what rounding added."""
     check_isa()  # what is wrong with the options is said before a file is read
     check_threads(threads)
-    check_kv(kv)
     path = Path(model) if model is not None else default_model()
+    plan = find_plan(kv, path)
     start = time.perf_counter()
     with screen.progress(f"packing {path.name}") as advance:
         packed = load_model(
@@ -77,7 +77,7 @@ def open_llm(
             progress=lambda name, done, total: advance(done, total, name),
             machine=compiled().default_isa(),
         )
-    llm = LLM.from_model(packed, threads, kv=kv, **options)
+    llm = LLM.from_model(packed, threads, kv=kv, plan=plan, **options)
     seconds = time.perf_counter() - start
     for line in added_error(packed.reports):
         screen.note(line)

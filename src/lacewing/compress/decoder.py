@@ -74,15 +74,23 @@ class Block(nn.Module):
         """`[.., hidden_size]`: what q, k and v read."""
         return self._norm(x, "input_layernorm")
 
-    def attend(self, h: Tensor) -> Tensor:
-        """`[.., n_heads * head_dim]`: what o reads, given what q, k and v read."""
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[windows, heads, tokens, head_dim]`, as the cache has them:
+        after norms and RoPE. Of what q, k and v read."""
         q, k, v = (self._heads(f"self_attn.{p}_proj", h) for p in "qkv")
         if self.spec.qk_norm:
             q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
-        q, k = self._rotate(q), self._rotate(k)
+        return self._rotate(q), self._rotate(k), v
+
+    def attend(self, h: Tensor) -> Tensor:
+        """`[.., n_heads * head_dim]`: what o reads, given what q, k and v read."""
+        return self.mix(*self.project(h))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[.., n_heads * head_dim]`: what o reads, given queries, keys and values."""
         window = self.spec.layers[self.index].window
-        n = h.shape[1]
-        mask = _window_mask(n, window, h.device) if 0 < window < n else None
+        n = q.shape[2]
+        mask = _window_mask(n, window, q.device) if 0 < window < n else None
         out = F.scaled_dot_product_attention(
             q,
             k,

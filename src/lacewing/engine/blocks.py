@@ -1,58 +1,164 @@
 """BlockManager: who owns which block of the paged KV cache.
 
-A block holds the keys and values of `BLOCK_SIZE` consecutive tokens of one sequence, in every
-layer. A block table lists the blocks of a sequence in order, so token `t` lives in the slot
-`table[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE`.
+The cache consists of stores. A block of a store holds the keys and values of `block_tokens`
+consecutive tokens of one sequence, for the layers and heads of that store. A block table lists the
+blocks of a sequence in order: token `t` lives in block `table[t // block_tokens]`. A store may keep
+a part of the text only (`Keep`): blocks that no later token reads go to new tokens.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-__all__ = ["BLOCK_SIZE", "BlockManager", "block_table", "blocks_for"]
+__all__ = ["BLOCK_SIZE", "BlockManager", "Keep", "Store", "Tables", "blocks_for"]
 
 BLOCK_SIZE = 16
 
 
-def block_table() -> array[int]:
-    """An empty block table (int32, so that numpy reads it without a copy)."""
-    return array("i")
+@dataclass(frozen=True)
+class Keep:
+    """Of what a store holds, query block i reads the blocks j <= i with j < sinks, i - j < window,
+    or j % stride == phase (stride > 0). In blocks."""
+
+    sinks: int
+    window: int
+    stride: int = 0
+    phase: int = 0
+
+    def __contains__(self, pair: tuple[int, int]) -> bool:
+        """(i, j): whether a query block from i on reads block j."""
+        i, j = pair
+        strided = self.stride > 0 and j % self.stride == self.phase
+        return j < self.sinks or i - j < self.window or strided
 
 
-def blocks_for(tokens: int) -> int:
-    """Blocks that hold `tokens` tokens."""
-    return -(-tokens // BLOCK_SIZE)
+@dataclass(frozen=True)
+class Store:
+    """A pool of `total` blocks. keep: None keeps all of a text."""
+
+    total: int
+    block_tokens: int = BLOCK_SIZE
+    keep: Keep | None = None
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens fill."""
+        return -(-tokens // self.block_tokens)
+
+    def peak(self, tokens: int, rows: int) -> int:
+        """Blocks held at once by a sequence of up to `tokens` tokens of which a step computes up
+        to `rows`."""
+        every = self.blocks(tokens)
+        if self.keep is None:
+            return every
+        strided = every // self.keep.stride + 1 if self.keep.stride else 0
+        return min(every, self.keep.sinks + self.keep.window + strided + self.blocks(rows) + 1)
+
+
+@dataclass(eq=False)
+class Tables:
+    """The blocks of one sequence, by store."""
+
+    tables: list[array[int]] = field(default_factory=list)
+    """Block tables, int32 so that numpy reads them without a copy. Blocks that are not kept any
+    more are 0: nothing reads them."""
+    spare: list[list[int]] = field(default_factory=list)
+    """Blocks owned and not in use yet."""
+    kept: list[list[int]] = field(default_factory=list)
+    """Numbers of the blocks in use that may be let go of, where a store does not keep all."""
 
 
 class BlockManager:
-    """Free list over `total` blocks. Hands out whole blocks, all or nothing."""
+    """Free lists over the blocks of `stores`. Hands out whole blocks, all or nothing.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._free: list[int] = []
+    step_tokens: rows of one sequence that a step computes at most.
+    """
+
+    def __init__(self, stores: Sequence[Store], step_tokens: int = 512) -> None:
+        self.stores = tuple(stores)
+        self.step_tokens = step_tokens
+        self._free: list[list[int]] = []
         self.reset()
 
     @property
-    def free(self) -> int:
-        """Blocks nobody owns."""
-        return len(self._free)
+    def free(self) -> tuple[int, ...]:
+        """Blocks nobody owns, by store."""
+        return tuple(len(free) for free in self._free)
 
-    def reserve(self, table: array[int], tokens: int) -> bool:
-        """Extends `table` until it holds `tokens` tokens. False, and no change, if blocks lack."""
-        missing = blocks_for(tokens) - len(table)
-        if missing <= 0:
-            return True
-        if missing > len(self._free):
+    @property
+    def rewinds(self) -> bool:
+        """Whether a sequence can go back to fewer tokens: every block is still there."""
+        return all(store.keep is None for store in self.stores)
+
+    def reserve(self, tables: Tables, tokens: int, rows: int | None = None) -> bool:
+        """Makes `tables` own the blocks that a sequence of `tokens` tokens needs while its next
+        `rows` are computed (None: a step's most). False, and no change, if blocks lack. What it
+        owns beyond that goes back."""
+        rows = min(tokens, self.step_tokens if rows is None else rows)
+        missing = [
+            store.peak(tokens, rows) - len(self.owned(tables, i))
+            for i, store in enumerate(self.stores)
+        ]
+        if any(want > len(free) for want, free in zip(missing, self._free, strict=True)):
             return False
-        for _ in range(missing):
-            table.append(self._free.pop())
+        if not tables.tables:
+            tables.tables = [array("i") for _ in self.stores]
+            tables.spare, tables.kept = [[] for _ in self.stores], [[] for _ in self.stores]
+        for want, free, spare in zip(missing, self._free, tables.spare, strict=True):
+            for _ in range(want):
+                spare.append(free.pop())
+            for _ in range(min(-want, len(spare))):
+                free.append(spare.pop())
         return True
 
-    def release(self, table: array[int]) -> None:
-        """Takes every block of `table` back and empties it."""
-        self._free.extend(reversed(table))
-        del table[:]
+    def place(self, tables: Tables, start: int, stop: int) -> None:
+        """Gives the tokens up to `stop` their blocks, before the rows `[start, stop)` are computed;
+        what they and later rows do not read makes room."""
+        for i, store in enumerate(self.stores):
+            table, spare, kept = tables.tables[i], tables.spare[i], tables.kept[i]
+            if store.keep is not None:
+                self._let_go(store.keep, start // store.block_tokens, table, spare, kept)
+                kept.extend(range(len(table), store.blocks(stop)))
+            for _ in range(store.blocks(stop) - len(table)):
+                table.append(spare.pop())
 
-    def reset(self) -> None:
-        """Forgets all owners. The caller empties their tables."""
-        self._free = list(range(self.total - 1, -1, -1))
+    def release(self, tables: Tables) -> None:
+        """Takes every block of `tables` back and empties it."""
+        for i, free in enumerate(self._free[: len(tables.tables)]):
+            free.extend(reversed(self.owned(tables, i)))
+        self._empty(tables)
+
+    def owned(self, tables: Tables, store: int = 0) -> list[int]:
+        """The blocks of a store that are in use, in order, and then those that are not yet."""
+        if not tables.tables:
+            return []
+        table = tables.tables[store]
+        if self.stores[store].keep is None:
+            return [*table, *reversed(tables.spare[store])]
+        return [*(table[j] for j in tables.kept[store]), *reversed(tables.spare[store])]
+
+    def reset(self, owners: Sequence[Tables] = ()) -> None:
+        """Forgets all owners, and empties their tables."""
+        self._free = [list(range(store.total - 1, -1, -1)) for store in self.stores]
+        for tables in owners:
+            self._empty(tables)
+
+    @staticmethod
+    def _let_go(
+        keep: Keep, query: int, table: array[int], spare: list[int], kept: list[int]
+    ) -> None:
+        for j in kept:
+            if (query, j) not in keep:
+                spare.append(table[j])
+                table[j] = 0
+        kept[:] = [j for j in kept if (query, j) in keep]
+
+    @staticmethod
+    def _empty(tables: Tables) -> None:
+        tables.tables, tables.spare, tables.kept = [], [], []
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks of `BLOCK_SIZE` that hold `tokens` tokens."""
+    return -(-tokens // BLOCK_SIZE)

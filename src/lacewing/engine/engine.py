@@ -43,7 +43,8 @@ class Engine:
         max_sequences: int = 64,
     ) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(BlockManager(runner.kv_blocks), token_budget, max_sequences)
+        blocks = BlockManager(runner.stores, runner.step_tokens)
+        self.scheduler = Scheduler(blocks, token_budget, max_sequences)
         self._new_decoder = new_decoder
         self._eos = frozenset(eos_token_ids)
         # What `logits` has read last. It is no request: a step takes its blocks back.
@@ -144,6 +145,7 @@ class Engine:
 
     def _logits(self, ids: list[int], start: int) -> Logits:
         rows = max(BLOCK_SIZE, _SCORE_BYTES // (4 * self.runner.vocab_size))
+        rows = min(rows, self.runner.step_tokens)
         try:
             for first in range(start, len(ids), rows):
                 yield self._read(ids, first, min(first + rows, len(ids)))
@@ -157,15 +159,20 @@ class Engine:
         where they are not there from the call before."""
         held = self._held
         try:
-            while not self.scheduler.blocks.reserve(held.table, stop):
+            shared = _shared(held.tokens[: held.computed], ids[:first])
+            if shared < held.computed and not self.scheduler.blocks.rewinds:
+                self._let_go()
+            while not self.scheduler.blocks.reserve(held.tables, stop):
                 self.step()  # what was asked before ends, and gives its blocks back
-            held.computed = _shared(held.tokens[: held.computed], ids[:first])
+            held.computed = min(shared, held.computed)
             held.tokens = ids
             while held.computed < first:
-                count = min(first - held.computed, self.scheduler.token_budget)
-                self.runner.step([Chunk(held, held.computed, count, False)])
+                count = min(
+                    first - held.computed, self.scheduler.token_budget, self.runner.step_tokens
+                )
+                self._run(Chunk(held, held.computed, count, False))
                 held.computed += count
-            logits = self.runner.step([Chunk(held, first, stop - first, False)], every_row=True)
+            logits = self._run(Chunk(held, first, stop - first, False), every_row=True)
         except BaseException:
             self._let_go()
             self.scheduler.preempt_all()
@@ -173,10 +180,15 @@ class Engine:
         held.computed = stop
         return logits
 
+    def _run(self, chunk: Chunk, every_row: bool = False) -> NDArray[np.float32]:
+        stop = chunk.start + chunk.count
+        self.scheduler.blocks.place(chunk.sequence.tables, chunk.start, stop)
+        return self.runner.step([chunk], every_row=every_row)
+
     def _let_go(self) -> None:
         """Forgets what `logits` has left in the cache."""
         self._held.computed = 0
-        self.scheduler.blocks.release(self._held.table)
+        self.scheduler.blocks.release(self._held.tables)
 
     def _check_ids(self, tokens: Ids[int]) -> list[int]:
         try:

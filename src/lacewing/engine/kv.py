@@ -1,34 +1,107 @@
-"""KV cache formats: how keys and values are stored between steps.
+"""What `kv=` says: how keys and values are stored between steps, and which of them are read.
 
-A block holds 16 tokens of one KV head. `f16`, `bf16` and `f32` store the numbers themselves;
-`int8` stores codes with an f16 scale per token and head, for half the memory of f16.
-The layouts are stated in `csrc/formats/kv.h`.
+    kv = CODEC [+POLICY]      "int8", "int4", "int8_sp70", "int8+topk:1/16", "topk:1/16",
+                              "int8+plan:heads.json"
+
+A block holds 16 tokens of one KV head; codecs and their layouts are listed in `csrc/formats/kv*.h`.
+
+- Growing codecs (`f16`, `bf16`, `f32`, `int8`, `int4`) store a token as it comes.
+- Sealed ones (`int8_sp70`: 70 % of the numbers of every token pruned by magnitude, MUSTAFAR, arXiv
+  2505.22913) are made of full blocks once they are `RECENT` blocks old; newer ones stay as they grew.
+- `topk:1/n`: every token reads one block of n, chosen by labels (Double Sparsity, arXiv 2408.07092):
+  some channels of every key in 8 bits. The first block and the last four are always read, and never
+  fewer than 32. The labels' channels are calibrated: `kvplan.json` in the model's directory, or
+  `topk:1/n@FILE`.
+- `plan:FILE`: every head reads, and keeps, the span that the file gives it (MoA, arXiv 2406.14909).
+- `merge:r`: when a prompt is complete, its cache shrinks to the share r (Elastic Cache, arXiv
+  2407.17678).
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lacewing.errors import RequestError
 from lacewing.native import compiled
 
-__all__ = ["DEFAULT_KV", "block_bytes", "check_kv", "kv_formats"]
+__all__ = ["DEFAULT_KV", "RECENT", "KvChoice", "block_bytes", "kv_formats", "parse_kv"]
 
 DEFAULT_KV = "f16"
+RECENT = 2
+"""Query block i reads block j as it grew if i - j < RECENT."""
+LABEL_TOKENS = 256
+"""Tokens of one block of labels."""
+
+
+@dataclass(frozen=True)
+class KvChoice:
+    """`kv=`, read."""
+
+    codec: str
+    topk: int = 0
+    """Reads one block of so many; 0: all."""
+    spans: bool = False
+    """Heads read their spans only."""
+    file: Path | None = None
+    """The plan that holds spans or labels; None: the one beside the model."""
+    merge: float | None = None
+
+    @property
+    def growing(self) -> str:
+        """The codec in which tokens are stored as they come."""
+        return sealed_from(self.codec) or self.codec
+
+
+def parse_kv(text: Any) -> KvChoice:
+    """Raises `RequestError` for anything but the grammar above."""
+    if not isinstance(text, str):
+        raise RequestError(f"`kv` must be a string, got {text!r}", hint=_hint())
+    head, plus, rest = text.partition("+")
+    if not plus and ":" in head:
+        head, rest = DEFAULT_KV, text
+    elif plus and not rest:
+        raise RequestError(f"`kv` needs a policy after `+`, got {text!r}", hint=_hint())
+    known = kv_formats()
+    if head not in known:
+        choices = ", ".join(f"`{each}`" for each in known)
+        raise RequestError(f"`kv` must be one of {choices}, got {head!r}", hint=_hint())
+    return KvChoice(head, **_policy(rest)) if rest else KvChoice(head)
+
+
+def _policy(text: str) -> dict[str, Any]:
+    kind, _, value = text.partition(":")
+    if kind == "topk":
+        share = re.fullmatch(r"1/([0-9]{1,6})(?:@(.+))?", value)
+        if not share or int(share[1]) < 2:
+            raise RequestError(f"`topk` takes a share like `topk:1/16`, got {text!r}")
+        return {"topk": int(share[1]), "file": Path(share[2]) if share[2] else None}
+    if kind == "plan" and value:
+        return {"spans": True, "file": Path(value)}
+    if kind == "merge":
+        if not re.fullmatch(r"0?\.[0-9]{1,9}", value) or not 0 < float(value) < 1:
+            raise RequestError(f"`merge` takes a share between 0 and 1, got {text!r}")
+        return {"merge": float(value)}
+    raise RequestError(f"`kv` has no policy {text!r}", hint=_hint())
+
+
+def _hint() -> str:
+    return (
+        "for instance `int8`, `int8+topk:1/16`, `plan:FILE`, `merge:0.2`; see docs/concepts/kv-cache.md"
+    )
 
 
 def kv_formats() -> tuple[str, ...]:
-    """Names of the formats."""
+    """Names of the codecs."""
     return tuple(compiled().KV_FORMATS)
 
 
-def check_kv(name: Any) -> str:
-    """`name` if it is a KV cache format. Raises `RequestError`."""
-    known = kv_formats()
-    if name not in known:
-        choices = ", ".join(f"`{each}`" for each in known)
-        raise RequestError(f"`kv` must be one of {choices}, got {name!r}")
-    return str(name)
+def sealed_from(name: str) -> str | None:
+    """The growing codec whose full blocks this one is made of; None if it grows itself."""
+    found = compiled().KV_SEALED_FROM.get(name)
+    return None if found is None else str(found)
 
 
 def block_bytes(name: str, head_dim: int) -> int:

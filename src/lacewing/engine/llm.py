@@ -24,6 +24,7 @@ from lacewing.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from lacewing.checkpoint import PackedModel
+    from lacewing.checkpoint.kvplan import KvPlan
     from lacewing.engine.text import Text
     from lacewing.models import DecoderSpec
 
@@ -91,8 +92,9 @@ class LLM:
     - `max_context`: tokens of one sequence, prompt and output; None is the model's, at most 4096.
       The KV cache is sized by it.
     - `isa`: force an instruction set (see `lacewing doctor`).
-    - `kv`: how the cache stores keys and values: "f16", "bf16", "f32", or "int8" (half the memory
-      and bandwidth of f16, at a small error).
+    - `kv`: how the cache stores keys and values, and which of them are read: "f16", "bf16", "f32",
+      "int8" (half the memory and bandwidth of f16, at a small error), "int4", "int8_sp70",
+      "int8+topk:1/16", "plan:FILE" and more; see `lacewing.engine.kv`.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `FormatError`, `UnsupportedCpuError`, and
     `RequestError` (options out of range, not enough memory).
@@ -119,14 +121,15 @@ class LLM:
     ) -> None:
         # Not at the top: what needs only SamplingParams should not wait for the tokenizer.
         from lacewing.checkpoint import load_model, open_source
-        from lacewing.engine.runner import plan_cache
+        from lacewing.engine.runner import find_plan, plan_cache
         from lacewing.native import check_isa, check_threads, compiled
 
         check_isa(isa)  # what is wrong with the options is said before a weight is read
         check_threads(threads)
-        plan_cache(open_source(path).spec, max_context, kv)
+        plan = find_plan(kv, Path(path))
+        plan_cache(open_source(path).spec, max_context, kv, plan)
         machine = isa or compiled().default_isa()
-        self._load(load_model(path, format, machine=machine), threads, max_context, isa, kv)
+        self._load(load_model(path, format, machine=machine), threads, max_context, isa, kv, plan)
 
     @classmethod
     def from_model(
@@ -136,10 +139,14 @@ class LLM:
         max_context: int | None = None,
         isa: str | None = None,
         kv: str = DEFAULT_KV,
+        plan: KvPlan | None = None,
     ) -> LLM:
-        """An LLM over a model that is packed already; the options are those of `LLM`."""
+        """An LLM over a model that is packed already; the options are those of `LLM`. plan: of the
+        KV cache, if `kv` does not name it."""
+        from lacewing.engine.runner import find_plan
+
         llm = cls.__new__(cls)
-        llm._load(model, threads, max_context, isa, kv)
+        llm._load(model, threads, max_context, isa, kv, find_plan(kv) or plan)
         return llm
 
     @classmethod
@@ -156,6 +163,7 @@ class LLM:
         max_context: int | None,
         isa: str | None,
         kv: str,
+        plan: KvPlan | None,
     ) -> None:
         from lacewing.engine.runner import Runner
         from lacewing.engine.text import Text
@@ -163,7 +171,7 @@ class LLM:
 
         self.model = model
         self.spec = get_spec(model.config)
-        runner = Runner.load(self.spec, model.tensors, max_context, threads, isa, kv)
+        runner = Runner.load(self.spec, model.tensors, max_context, threads, isa, kv, plan)
         self._open(runner, Text(model.tokenizer))
 
     def _open(self, runner: Any, text: Text, **options: int) -> None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.engine.blocks import BLOCK_SIZE, blocks_for
-from lacewing.engine.kv import DEFAULT_KV, block_bytes, check_kv
+from lacewing.checkpoint.kvplan import KVPLAN, KvPlan, fingerprint
+from lacewing.engine.blocks import Store
+from lacewing.engine.kv import DEFAULT_KV, parse_kv
+from lacewing.engine.layout import KvLayout, lay_out
 from lacewing.engine.scheduler import Chunk
 from lacewing.errors import RequestError, UnsupportedModelError
 from lacewing.formats import PackedTensor
@@ -25,8 +27,8 @@ __all__ = [
     "available_memory",
     "build_model",
     "choose_context",
-    "choose_kv_blocks",
-    "kv_block_bytes",
+    "choose_stores",
+    "find_plan",
     "native_spec",
     "plan_cache",
 ]
@@ -35,6 +37,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 DEFAULT_CONTEXT = 4096
+STEP_TOKENS = 512
+"""Rows of one sequence that a step computes at most, unless the engine is told otherwise."""
 _CONTEXTS = 4  # sequences of full length that the KV cache holds, where memory allows
 _SHARE = 0.25  # of the available memory that more than one full sequence may take
 
@@ -46,7 +50,7 @@ class NativeModel(Protocol):
         self,
         tokens: Ints,
         positions: Ints,
-        slots: Ints,
+        cached: Ints,
         block_tables: Ints,
         cu_seqlens: Ints,
         logit_rows: Ints,
@@ -54,15 +58,22 @@ class NativeModel(Protocol):
 
 
 class Runner:
-    """One native model and the size of its KV cache. One call of `step` is one native step."""
+    """One native model and the stores of its KV cache. One call of `step` is one native step."""
 
     def __init__(
-        self, model: NativeModel, vocab_size: int, max_context: int, kv_blocks: int
+        self,
+        model: NativeModel,
+        vocab_size: int,
+        max_context: int,
+        stores: Sequence[Store],
+        step_tokens: int = STEP_TOKENS,
     ) -> None:
+        """step_tokens: rows of one sequence for which the stores have room in one step."""
         self._model = model
         self.vocab_size = vocab_size
         self.max_context = max_context
-        self.kv_blocks = kv_blocks
+        self.stores = tuple(stores)
+        self.step_tokens = step_tokens
 
     @classmethod
     def load(
@@ -73,15 +84,21 @@ class Runner:
         threads: int | None = None,
         isa: str | None = None,
         kv: str = DEFAULT_KV,
+        plan: KvPlan | None = None,
     ) -> Runner:
         """Builds the native model over `tensors` (no copy of packed weights).
 
-        Raises `CheckpointError` (tensors missing or of another shape), `RequestError` (context or
-        threads out of range, not enough memory), `UnsupportedCpuError`.
+        plan: of the KV cache, see `find_plan`.
+
+        Raises `CheckpointError` (tensors missing or of another shape, a plan of another model),
+        `RequestError` (context or threads out of range, not enough memory),
+        `UnsupportedCpuError`.
         """
-        context, blocks = plan_cache(spec, max_context, kv)
-        model = build_model(spec, tensors, context, blocks, isa, threads, kv)
-        return cls(model, spec.vocab_size, context, blocks)
+        if plan is not None:
+            plan.check(spec, fingerprint(tensors))
+        context, layout, stores = plan_cache(spec, max_context, kv, plan)
+        model = build_model(spec, tensors, context, layout, stores, isa, threads)
+        return cls(model, spec.vocab_size, context, stores)
 
     def step(self, chunks: Sequence[Chunk], *, every_row: bool = False) -> Floats:
         """Computes the chunks in one native step; their keys and values go into the cache.
@@ -91,22 +108,19 @@ class Runner:
         """
         tokens: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         bounds = [0]
         rows: list[int] = []
         for chunk in chunks:
             span = range(chunk.start, chunk.start + chunk.count)
-            table = chunk.sequence.table
             tokens += chunk.sequence.tokens[span.start : span.stop]
             positions += span
-            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in span]
             bounds.append(len(tokens))
             if chunk.samples:
                 rows.append(len(tokens) - 1)
         return self._model.step(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
-            np.array(slots, np.int32),
+            np.array([chunk.start for chunk in chunks], np.int32),
             _tables(chunks),
             np.array(bounds, np.int32),
             np.array(range(len(tokens)) if every_row else rows, np.int32),
@@ -114,23 +128,45 @@ class Runner:
 
 
 def _tables(chunks: Sequence[Chunk]) -> Ints:
-    """Block tables int32 `[chunks, widest]`, zeros behind the shorter ones."""
-    if len(chunks) == 1:
-        return np.array(chunks[0].sequence.table, np.int32).reshape(1, -1)
-    tables = np.zeros((len(chunks), max(len(c.sequence.table) for c in chunks)), np.int32)
-    for row, chunk in zip(tables, chunks, strict=True):
-        row[: len(chunk.sequence.table)] = chunk.sequence.table
-    return tables
+    """Block tables int32 `[stores, chunks, widest]`, zeros behind the shorter ones."""
+    every = [chunk.sequence.tables.tables for chunk in chunks]
+    if len(every) == len(every[0]) == 1:
+        return np.array(every[0][0], np.int32).reshape(1, 1, -1)
+    widest = max(len(table) for tables in every for table in tables)
+    found = np.zeros((len(every[0]), len(every), widest), np.int32)
+    for sequence, tables in enumerate(every):
+        for store, table in enumerate(tables):
+            found[store, sequence, : len(table)] = table
+    return found
 
 
-def plan_cache(spec: DecoderSpec, max_context: int | None, kv: str = DEFAULT_KV) -> tuple[int, int]:
-    """(tokens of one sequence, blocks of the KV cache) for what was asked and what memory allows.
+def find_plan(kv: str, model: Path | None = None) -> KvPlan | None:
+    """The plan that `kv` names, or wants from the directory `model`; None if it needs none.
 
-    Raises `RequestError` if the context is out of range, its cache does not fit, or there is no
-    such KV cache format.
+    Raises `CheckpointError` for a file that cannot be read, `RequestError` for what is no `kv`.
+    """
+    choice = parse_kv(kv)
+    path = choice.file
+    if path is None and choice.topk and model is not None and (model / KVPLAN).is_file():
+        path = model / KVPLAN
+    return None if path is None else KvPlan.load(path)
+
+
+def plan_cache(
+    spec: DecoderSpec,
+    max_context: int | None,
+    kv: str = DEFAULT_KV,
+    plan: KvPlan | None = None,
+) -> tuple[int, KvLayout, list[Store]]:
+    """Tokens of one sequence, and the KV cache, for what was asked and what memory allows.
+
+    Raises `RequestError` if the context is out of range, its cache does not fit, or `kv` says
+    nothing that there is.
     """
     context = choose_context(spec.max_context, max_context)
-    return context, choose_kv_blocks(kv_block_bytes(spec, kv), context, available_memory())
+    layout = lay_out(spec, parse_kv(kv), plan, context)
+    rows = min(STEP_TOKENS, context)
+    return context, layout, choose_stores(layout, context, rows, available_memory())
 
 
 def choose_context(model_limit: int, asked: Any) -> int:
@@ -146,27 +182,24 @@ def choose_context(model_limit: int, asked: Any) -> int:
     return int(asked)
 
 
-def kv_block_bytes(spec: DecoderSpec, kv: str = DEFAULT_KV) -> int:
-    """Bytes of one block: keys and values of 16 tokens in every layer and head."""
-    return len(spec.layers) * spec.n_kv_heads * block_bytes(check_kv(kv), spec.head_dim)
-
-
-def choose_kv_blocks(block_bytes: int, max_context: int, available: int | None) -> int:
-    """Blocks of the KV cache: one full sequence at least, several where there is memory for it.
+def choose_stores(
+    layout: KvLayout, max_context: int, rows: int, available: int | None
+) -> list[Store]:
+    """Blocks of the KV cache: for one full sequence at least, for several where there is memory.
 
     Raises `RequestError` if not even one fits.
     """
-    one = blocks_for(max_context)
     if available is None:
-        return one * _CONTEXTS
-    if one * block_bytes > available:
-        fits = max(available // block_bytes, 0) * BLOCK_SIZE
+        return layout.sizes(_CONTEXTS, max_context, rows)
+    one = layout.bytes(layout.sizes(1, max_context, rows))
+    if one > available:
+        fits = available * max_context // one
         raise RequestError(
-            f"the KV cache for {max_context} tokens needs {one * block_bytes / 2**20:.0f} MiB, "
+            f"the KV cache for {max_context} tokens needs {one / 2**20:.0f} MiB, "
             f"only {available / 2**20:.0f} MiB are available",
             hint=f"ask for less: `max_context={fits // 2}`" if fits >= 32 else "free some memory",
         )
-    return max(one, min(one * _CONTEXTS, int(available * _SHARE) // block_bytes))
+    return layout.sizes(min(_CONTEXTS, max(1.0, available * _SHARE / one)), max_context, rows)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -198,23 +231,24 @@ def build_model(
     spec: DecoderSpec,
     tensors: Mapping[str, Any],
     max_context: int,
-    kv_blocks: int,
+    layout: KvLayout,
+    stores: Sequence[Store],
     isa: str | None = None,
     threads: int | None = None,
-    kv: str = DEFAULT_KV,
 ) -> NativeModel:
     """The `_C.Model` of `spec` over `tensors`: packed weights, and f32 vectors."""
     spec.check_shapes({name: value.shape for name, value in tensors.items()})
     native = {name: _native(tensors[name]) for name in spec.tensor_shapes()}
     check_isa(isa)
+    kv = layout.native(stores)
     try:
         model: NativeModel = compiled().Model(
-            native_spec(spec, max_context), native, kv_blocks, isa, check_threads(threads), kv
+            native_spec(spec, max_context), native, kv, isa, check_threads(threads)
         )
     except ValueError as error:  # the shapes are right: it is a size the kernels do not have
         raise UnsupportedModelError(str(error)) from error
     except MemoryError as error:
-        size = kv_blocks * kv_block_bytes(spec, kv) / 2**20
+        size = layout.bytes(stores) / 2**20
         raise RequestError(
             f"no memory for the model and a KV cache of {size:.0f} MiB",
             hint='ask for a smaller `max_context`, or `kv="int8"`',

@@ -65,7 +65,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self.blocks.release(sequence.table)
+        self.blocks.release(sequence.tables)
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, at most one per sequence. Empty only if nothing is left."""
@@ -73,6 +73,8 @@ class Scheduler:
         if not preempted:  # what was just taken away must not be handed out again at once
             self._admit()
         self._prefill(chunks)
+        for chunk in chunks:
+            self.blocks.place(chunk.sequence.tables, chunk.start, chunk.start + chunk.count)
         return chunks
 
     def commit(self, chunks: list[Chunk]) -> None:
@@ -92,8 +94,7 @@ class Scheduler:
         self.running.clear()
         for sequence in self.waiting:
             sequence.computed = 0
-            del sequence.table[:]
-        self.blocks.reset()
+        self.blocks.reset([sequence.tables for sequence in self.waiting])
 
     def _decode(self) -> tuple[list[Chunk], bool]:
         chunks: list[Chunk] = []
@@ -103,7 +104,7 @@ class Scheduler:
             sequence = self.running[index]
             length = len(sequence.tokens)
             if sequence.computed == length - 1:
-                if not self.blocks.reserve(sequence.table, length):
+                if not self.blocks.reserve(sequence.tables, length, 1):
                     self._preempt()  # the last one: `sequence` itself, or one not looked at yet
                     preempted = True
                     continue
@@ -113,7 +114,7 @@ class Scheduler:
 
     def _preempt(self) -> None:
         sequence = self.running.pop()
-        self.blocks.release(sequence.table)
+        self.blocks.release(sequence.tables)
         sequence.computed = 0
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)
@@ -121,7 +122,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            if not self.blocks.reserve(sequence.table, len(sequence.tokens)):
+            if not self.blocks.reserve(sequence.tables, len(sequence.tokens)):
                 return
             self.running.append(self.waiting.popleft())
 
@@ -134,6 +135,6 @@ class Scheduler:
             if id(sequence) in decoding:
                 continue
             left = len(sequence.tokens) - sequence.computed
-            count = min(left, budget)
+            count = min(left, budget, self.blocks.step_tokens)
             chunks.append(Chunk(sequence, sequence.computed, count, count == left))
             budget -= count

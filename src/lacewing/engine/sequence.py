@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from lacewing.engine.blocks import block_table
+from lacewing.engine.blocks import Tables
 from lacewing.engine.sampling import Sampler, SamplingParams, TokenLogprobs
 from lacewing.engine.stops import Writer
 
@@ -55,7 +54,7 @@ class Sequence:
     prompt_tokens: int = 0
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
-    table: array[int] = field(default_factory=block_table)
+    tables: Tables = field(default_factory=Tables)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)

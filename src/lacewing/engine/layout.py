@@ -1,0 +1,132 @@
+"""KvLayout: which stores a model's KV cache consists of, and where every head's blocks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lacewing.checkpoint.kvplan import KvPlan, Span
+from lacewing.engine.blocks import BLOCK_SIZE, Keep, Store
+from lacewing.engine.kv import LABEL_TOKENS, RECENT, KvChoice, block_bytes, sealed_from
+from lacewing.errors import RequestError
+
+if TYPE_CHECKING:
+    from lacewing.models import DecoderSpec
+
+__all__ = ["LABELS", "KvLayout", "lay_out"]
+
+LABELS = "labels"
+_NONE = (-1, 0)
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """A store before its number of blocks is known."""
+
+    format: str
+    keep: Keep | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        return LABEL_TOKENS if self.format == LABELS else BLOCK_SIZE
+
+
+@dataclass
+class KvLayout:
+    """stores: and how many heads each holds. heads: i32 `[layers * n_kv_heads, 10]`: store and
+    number in it of growing, sealed and label blocks (store -1: none), then sinks, window, stride and
+    phase of what is read, in blocks (window 0: everything)."""
+
+    topk: int
+    stores: dict[StorePlan, int] = field(default_factory=dict)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    channels: NDArray[np.int32] | None = None
+    scales: NDArray[np.float32] | None = None
+    head_dim: int = 0
+
+    def place(self, plan: StorePlan) -> tuple[int, int]:
+        """The store of `plan` and the number in it of one head more."""
+        number = self.stores.get(plan, 0)
+        self.stores[plan] = number + 1
+        return list(self.stores).index(plan), number
+
+    def sizes(self, sequences: float, context: int, rows: int) -> list[Store]:
+        """Stores for so many sequences of `context` tokens, `rows` of them computed at once."""
+        found = []
+        for plan in self.stores:
+            one = Store(0, plan.block_tokens, plan.keep).peak(context, rows)
+            total = max(one, int(one * sequences))
+            found.append(Store(total, plan.block_tokens, plan.keep))
+        return found
+
+    def bytes(self, stores: list[Store]) -> int:
+        """Bytes of the whole cache."""
+        pairs = zip(self.stores.items(), stores, strict=True)
+        return sum(self._block_bytes(p) * heads * store.total for (p, heads), store in pairs)
+
+    def native(self, stores: list[Store]) -> dict[str, Any]:
+        """What `_C.Model` has to know."""
+        pairs = zip(self.stores.items(), stores, strict=True)
+        labels = {} if self.channels is None else {"channels": self.channels, "scales": self.scales}
+        return {
+            "stores": [(p.format, store.total, heads) for (p, heads), store in pairs],
+            "heads": np.array(self.rows, np.int32),
+            "topk": self.topk,
+            **labels,
+        }
+
+    def _block_bytes(self, plan: StorePlan) -> int:
+        if plan.format == LABELS:
+            assert self.channels is not None
+            return LABEL_TOKENS * self.channels.shape[1]
+        return block_bytes(plan.format, self.head_dim)
+
+
+def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: int) -> KvLayout:
+    """The stores of `choice`. plan: spans of the heads, or labels.
+
+    Raises `RequestError` if labels or spans are asked for and `plan` has none.
+    """
+    if choice.topk and (plan is None or plan.labels is None):
+        raise RequestError(
+            "`topk` needs the labels of this model, and there are none",
+            hint="lacewing calibrate-kv MODEL --data TEXT",
+        )
+    if choice.spans and (plan is None or plan.spans is None):
+        raise RequestError(
+            f"`{choice.file}` has no spans",
+            hint="lacewing calibrate-kv MODEL --data TEXT --budget 0.4",
+        )
+    layout = KvLayout(choice.topk, head_dim=spec.head_dim)
+    for i, layer in enumerate(spec.layers):
+        window = layer.window if layer.window and layer.window < context else 0
+        for head in range(spec.n_kv_heads):
+            span = plan.spans[i][head] if choice.spans and plan and plan.spans else None
+            layout.rows.append(_head(layout, choice, window, None if window else span))
+    if choice.topk:
+        assert plan is not None
+        assert plan.labels is not None
+        rows = len(layout.rows)
+        layout.channels = np.ascontiguousarray(plan.labels.channels.reshape(rows, -1), np.int32)
+        layout.scales = np.ascontiguousarray(plan.labels.scales.reshape(rows, -1), np.float32)
+    return layout
+
+
+def _head(layout: KvLayout, choice: KvChoice, window: int, span: Span | None) -> tuple[int, ...]:
+    """The row of one head. window: of its layer, in tokens; 0: none."""
+    if window:  # reads the last `window` tokens, wherever blocks begin
+        keep = Keep(0, (window + BLOCK_SIZE - 2) // BLOCK_SIZE + 1)
+        return (*layout.place(StorePlan(choice.growing, keep)), *_NONE, *_NONE, 0, 0, 0, 0)
+    keep, read = None, (0, 0, 0, 0)
+    if span is not None and span.window:
+        blocks = [each // BLOCK_SIZE for each in (span.sinks, span.window)]
+        read = (*blocks, span.stride, span.phase)
+        keep = Keep(*read)
+    labels = layout.place(StorePlan(LABELS)) if choice.topk else _NONE
+    if sealed_from(choice.codec) is None:
+        return (*layout.place(StorePlan(choice.growing, keep)), *_NONE, *labels, *read)
+    growing = layout.place(StorePlan(choice.growing, Keep(0, RECENT)))
+    return (*growing, *layout.place(StorePlan(choice.codec, keep)), *labels, *read)
