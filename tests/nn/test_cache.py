@@ -331,7 +331,7 @@ def test_no_gradient() -> None:
 
 @pytest.mark.parametrize("kv", ["int7", "topk:1/16", "int8_sp70", ""])
 def test_a_codec_that_is_not_there(kv: str) -> None:
-    with pytest.raises(RequestError, match="kv must be one of"):
+    with pytest.raises(RequestError, match="KvCache: kv must"):
         LacewingCache(model_of("llama").config, kv)
 
 
