@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from lacewing.checkpoint import PackedModel, load_model
 from lacewing.engine import LLM
-from lacewing.engine.blocks import BLOCK_SIZE, blocks_for
-from lacewing.engine.runner import kv_block_bytes
+from lacewing.engine.kv import parse_kv
+from lacewing.engine.layout import lay_out
+from lacewing.engine.runner import find_plan
 from lacewing.engine.scorer import LLMScorer
 from lacewing.errors import LacewingError
 from lacewing.quality import Needles, Text, evaluate, read_items, windows
@@ -111,8 +112,12 @@ class Job:
         return found
 
     def path(self, kv: str) -> Path:
+        """One for every `kv` and content of its plan."""
+        plans = [kv.rpartition("@")[2], kv.rpartition(":")[2], self.args.model / "kvplan.json"]
+        facts = [kv, *(_digest(Path(each)) for each in plans if Path(each).is_file())]
         readable = re.sub(r"[^a-z0-9]+", "-", kv.lower())
-        return self.folder / f"{readable}-{hashlib.sha256(kv.encode()).hexdigest()[:6]}.json"
+        code = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:6]
+        return self.folder / f"{readable}-{code}.json"
 
     def found(self, kv: str) -> dict[str, Any]:
         path = self.path(kv)
@@ -131,7 +136,9 @@ class Job:
             with self.open(kv) as llm:
                 for name, task in missing.items():
                     found[name] = {"commit": harness.commit(), **self.run(llm, task)}
-                    found["bytes_per_token"] = bytes_per_token(llm, kv, self.context)
+                    found["bytes_per_token"] = bytes_per_token(
+                        llm, kv, self.args.model, self.context
+                    )
                     self.keep(kv, found)
         except LacewingError as error:
             harness.progress(f"kv={kv}: {error}")
@@ -143,9 +150,9 @@ class Job:
         part.rename(self.path(kv))
 
     def open(self, kv: str) -> LLM:
-        return LLM.from_model(
-            packed(self.args.model, self.args.format), self.args.threads, self.context, kv=kv
-        )
+        args, plan = self.args, find_plan(kv, self.args.model)
+        model = packed(args.model, args.format)
+        return LLM.from_model(model, args.threads, self.context, kv=kv, plan=plan)
 
     def run(self, llm: LLM, task: Any) -> dict[str, Any]:
         scorer = LLMScorer(llm, self.args.model.name)
@@ -232,9 +239,10 @@ def _difference(ours: list[float], theirs: list[float]) -> Numbers:
     return np.array(ours, np.float64) - np.array(theirs, np.float64)
 
 
-def bytes_per_token(llm: LLM, kv: str, context: int) -> float:
-    """Of the cache of one sequence of `context` tokens, all layers."""
-    return blocks_for(context) * kv_block_bytes(llm.spec, kv) / (blocks_for(context) * BLOCK_SIZE)
+def bytes_per_token(llm: LLM, kv: str, model: Path, context: int) -> float:
+    """Of the cache of one sequence of `context` tokens while it is continued, all layers."""
+    layout = lay_out(llm.spec, parse_kv(kv), find_plan(kv, model), context)
+    return layout.bytes(layout.sizes(1, context, 1)) / context
 
 
 @cache

@@ -216,6 +216,40 @@ KV_SEALED_FROM: dict[str, str]
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
 
+class KvCache:
+    """The keys and values of one layer of a batch of sequences that grow together, for attention
+    inside PyTorch models. `kv` is one of `KV_FORMATS` that stores token by token.
+
+    Columns are places in the batch, padding included; sequence b has the columns from `starts[b]`
+    on. Memory grows by doubling and stays. Several threads may call; they take turns.
+    `threads`: 0 takes the pool's default. Raises MemoryError, and is then as it was.
+    """
+
+    def __init__(
+        self, kv: str, batch: int, n_kv_heads: int, head_dim: int, isa: str | None = None
+    ) -> None: ...
+    def append(self, k: _F32, v: _F32, starts: _I32, threads: int = 0) -> None:
+        """Adds columns: k, v `[batch, columns, n_kv_heads, head_dim]`, rotated. A sequence's start
+        may change until it has a token."""
+
+    def attend(self, q: _F32, scale: float, window: int = 0, threads: int = 0) -> _F32:
+        """Causal attention of the last columns, q `[batch, columns, n_heads, head_dim]`, over all
+        there are: the shape of q, zeros where there is padding. A token sees itself and the
+        window - 1 tokens before it; window 0: all of them."""
+
+    def crop(self, length: int) -> None:
+        """Forgets all columns but the first `length`."""
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """The batch becomes copies of the sequences `rows`."""
+
+    @property
+    def length(self) -> int: ...  # columns
+    @property
+    def batch(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...  # of all blocks, free ones too
+
 # ---- the decoder
 
 class Model:

@@ -24,10 +24,10 @@ import torch
 from lacewing.errors import LacewingError, RequestError
 from lacewing.native import check_isa, compiled
 
-_NEEDED = "the KV cache in PyTorch needs transformers 5.2 or newer"
+_NEEDED = "the KV cache in PyTorch needs transformers 5.4 or newer"
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+    from transformers.cache_utils import Cache, CacheLayerMixin
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
     raise LacewingError(f"{_NEEDED}: {error}", hint="pip install -U transformers") from error
@@ -46,9 +46,9 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions
 class LacewingCache(Cache):  # type: ignore[misc]
     """Keys and values of every layer, as `kv` stores them; for `attn_implementation="lacewing"`.
 
-    config: the model's. kv: "f16" (default), "bf16", "f32" or "int8". isa: force an instruction set
-    (see `lacewing doctor`). Raises RequestError for another `kv`, and for layers that are neither
-    full nor sliding-window attention; UnsupportedCpuError.
+    config: the model's. kv: "f16" (default), "bf16", "f32", "int8" or "int4". isa: force an
+    instruction set (see `lacewing doctor`). Raises RequestError for another `kv`, and for layers
+    that are neither full nor sliding-window attention; UnsupportedCpuError.
 
     Memory grows with the sequences, by doubling. Beam search, cropping (assisted decoding) and
     left padding are fine; every other mask than causal with left padding, gradients, and attention
@@ -58,7 +58,7 @@ class LacewingCache(Cache):  # type: ignore[misc]
     def __init__(self, config: Any, kv: str = "f16", isa: str | None = None) -> None:
         check_isa(isa)
         _checked(compiled().KvCache, kv, 1, 1, 16, isa)
-        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        kinds = _layer_kinds(config.get_text_config(decoder=True))
         if others := set(kinds) - set(_LAYERS):
             raise RequestError(
                 f"LacewingCache: layers must be {' or '.join(_LAYERS)}, got {sorted(others)}"
@@ -70,6 +70,13 @@ class LacewingCache(Cache):  # type: ignore[misc]
     def bytes(self) -> int:
         """Of the blocks of all layers; some of them are still free."""
         return sum(layer.native.bytes for layer in self.layers if layer.native is not None)
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """Of every layer. A window without `layer_types` is in the masks, as chunks are."""
+    return list(
+        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    )
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -117,18 +124,18 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in older versions of transformers
+
     def reset(self) -> None:
         self.native = None
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise RequestError(
-                "LacewingCache: `crop` takes the tokens to remove as a negative number, got "
-                f"{tokens_to_remove}"
-            )
-        if self.native is not None:
-            self.native.crop(max(0, self.native.length + tokens_to_remove))
+    def crop(self, tokens: int) -> None:
+        """To its first `tokens`, or without its last `-tokens`; 0 does nothing. transformers has
+        asked both ways."""
+        if self.native is not None and tokens:
+            length = self.native.length
+            self.native.crop(min(length, tokens) if tokens > 0 else max(0, length + tokens))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self.native is not None:

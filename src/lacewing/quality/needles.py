@@ -96,8 +96,8 @@ class Retrieval:
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON knows."""
         found = {k: as_list(v) if k.endswith("interval") else v for k, v in vars(self).items()}
-        more = {name: list(found[name]) for name in ("right", "log_probs")}
-        return {**found, **more, "depths": [asdict(each) for each in self.depths], **SETTINGS}
+        singles = {"right": list(self.right), "log_probs": list(self.log_probs)}
+        return {**found, **singles, "depths": [asdict(each) for each in self.depths], **SETTINGS}
 
 
 @dataclass(frozen=True)
