@@ -62,13 +62,13 @@ inline constexpr int64_t whole_partial_floats(int64_t queries, int64_t head_dim)
 struct SelectArgs {
   const float* q;  // head j: q + j * head_dim, rotated
   int64_t head_dim, group_heads;
-  float scale;                  // of the attention, > 0
-  const uint8_t* labels;        // of one layer and KV head: [label block][label_bytes]
-  const int32_t* label_table;   // physical label block of each kLabelTokens tokens
-  const int32_t* channels;      // [count] of a key
-  const float* channel_scales;  // [count], > 0
-  int64_t count;                // a multiple of 4, at most kMaxLabelChannels
-  int64_t last;                 // the row's position; it has last / kBlock + 1 blocks
+  float scale;                    // of the attention, > 0
+  const uint8_t* labels;          // of one layer and KV head: [label block][label_bytes]
+  const int32_t* label_table;     // physical label block of each kLabelTokens tokens
+  const int32_t* channels;        // [count] of a key
+  const float* channel_scales;    // [count], > 0
+  int64_t count;                  // a multiple of 4, at most kMaxLabelChannels
+  int64_t last;                   // the row's position; it has last / kBlock + 1 blocks
   int64_t sinks, recent, budget;  // blocks; sinks + recent <= budget
   int32_t* chosen;                // [min(budget, blocks)], ascending
   void* scratch;                  // select_scratch(group_heads, blocks) bytes, 64-byte aligned
@@ -100,8 +100,7 @@ inline constexpr int64_t kMergeFirst = 4, kMergeLast = 32;
 inline constexpr int64_t kMergeQueries = 8;  // that walk the tokens together
 inline constexpr size_t merge_scratch(int64_t tokens, int64_t head_dim) {
   const int64_t columns = (tokens + 15) / 16 * 16, pitch = (head_dim + 15) / 16 * 16;
-  return static_cast<size_t>((pitch + kMergeQueries + 2) * columns + 4 * pitch) *
-         sizeof(float);
+  return static_cast<size_t>((pitch + kMergeQueries + 2) * columns + 4 * pitch) * sizeof(float);
 }
 
 struct KvKernels {
