@@ -29,11 +29,12 @@ inline void largest_scores(const uint8_t* labels, const uint8_t* next, int64_t t
 #pragma GCC unroll 4
       for (int q = 0; q < N; ++q) dot[i][q] = Dot::init(sums[q]);
     const int8_t* x = query;
-    for (int64_t g = 0; g < groups; ++g, x += 4 * N) {
+    const uint8_t* ahead = next + t * groups * 64;  // in the order of the address
+    for (int64_t g = 0; g < groups; ++g, x += 4 * N, ahead += 64 * Tokens) {
 #pragma GCC unroll 4
       for (int i = 0; i < Tokens; ++i) {
         const auto codes = S::load_u8(Labels::codes(labels, g, t + i));
-        if constexpr (Prefetch) S::prefetch_t1(Labels::codes(next, g, t + i));
+        if constexpr (Prefetch) S::prefetch_t0(ahead + 64 * i);
 #pragma GCC unroll 4
         for (int q = 0; q < N; ++q) Dot::step(dot[i][q], codes, x + 4 * q);
       }
