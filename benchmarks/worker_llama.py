@@ -22,7 +22,7 @@ ROWS = 64  # of logits that become float64 at a time
 class Model:
     """A loaded model with one context; everything not named here is llama.cpp's default."""
 
-    def __init__(self, path: str, threads: int, n_ctx: int) -> None:
+    def __init__(self, path: str, threads: int, n_ctx: int, kv: str = "f16") -> None:
         params = lc.llama_model_default_params()  # mmap on, repacking on
         params.n_gpu_layers = 0
         self.model = lc.llama_model_load_from_file(path.encode(), params)
@@ -33,6 +33,7 @@ class Model:
         cparams.n_batch = cparams.n_ubatch = N_BATCH
         cparams.n_threads = cparams.n_threads_batch = threads
         cparams.no_perf = True
+        cparams.type_k = cparams.type_v = getattr(lc, f"GGML_TYPE_{kv.upper()}")
         self.context = lc.llama_init_from_model(self.model, cparams)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context")
@@ -75,6 +76,23 @@ class Model:
             self.feed(out[-1:])
             out.append(self.sample())
         return {"seconds": time.perf_counter() - start, "tokens": out}
+
+    def fill(self, tokens: list[int]) -> dict[str, Any]:
+        """Computes a prompt and keeps its cache; the bytes of its state."""
+        self.clear()
+        self.feed(tokens)
+        self.last = self.sample()
+        return {"bytes": lc.llama_state_seq_get_size(self.context, 0)}
+
+    def go_on(self, count: int) -> dict[str, Any]:
+        """Seconds of each of the next tokens."""
+        seconds = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.feed([self.last])
+            self.last = self.sample()
+            seconds.append(time.perf_counter() - begin)
+        return {"seconds": seconds}
 
     def score(self, tokens: list[int]) -> dict[str, Any]:
         """The log-probability of every token but the first."""

@@ -442,6 +442,9 @@ void register_model(nb::module_& m) {
            nb::arg("cu_seqlens").noconvert(), nb::arg("logit_rows").noconvert(),
            "Runs the tokens through the model and returns the logits f32 [R, vocab] of rows "
            "`logit_rows`.")
+      .def(
+          "fill_cache", [](NativeModel& self) { self.model->fill_cache(); },
+          "Puts numbers without meaning into the whole cache, as after a long text.")
       .def_prop_ro("threads", [](const NativeModel& m) { return m.model->threads(); })
       .def_prop_ro("context", [](const NativeModel& m) { return m.context; });
 }

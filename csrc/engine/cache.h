@@ -77,6 +77,8 @@ class Cache {
   // Whether tiles of rows must not cross a block: some head does not read all of them.
   bool lists() const { return lists_; }
   bool topk() const { return layout_.topk > 0; }
+  // Numbers without meaning in every block, as after a long text: for benchmarks.
+  void fill(const KvTable& table, int64_t head_dim);
   int format(const KvPlace& place) const { return store(place).format; }
   int64_t block_bytes(const KvPlace& place) const {
     return block_bytes_[static_cast<size_t>(place.store)];

@@ -127,6 +127,7 @@ class Model {
   void step(const StepInput& input);
 
   const Weights& weights() const { return weights_; }
+  void fill_cache() { cache_.fill(*table_.kv, weights_.spec.head_dim); }
   const KvLayout& layout() const { return cache_.layout(); }
   int threads() const { return static_cast<int>(thread_.size()); }
 

@@ -289,6 +289,10 @@ class Model:
     def context(self) -> int:
         """Positions that the rope tables cover."""
 
+    def fill_cache(self) -> None:
+        """Puts numbers without meaning into the whole cache, as after a long text: benchmarks
+        decode behind it without computing a prompt."""
+
     def step(
         self,
         tokens: _I32,
