@@ -1,11 +1,12 @@
 """Decoding behind a long text, per KV cache; llama.cpp beside it with its own.
 
 python benchmarks/longcontext.py MODEL [--format w4a8g32] [--context 16384]
-    [--kv bf16 int8 int4 int8+topk:1/16@FILE] [--llama-python VENV/python --llama-kv f16 q8_0 q4_0]
+    [--kv bf16 int8 int4 int8+topk:1/16@FILE]
+    [--llama-python VENV/python --llama-kv f16 q8_0 q4_0]
 
-All caches of ours are open at once and decode in turn, on one copy of the weights. Their text is not
-computed: the cache is filled with numbers without meaning, whose reading takes as long. llama.cpp
-computes a prompt of that length first, which takes minutes.
+All caches of ours are open at once and decode in turn, on one copy of the weights. Their text is
+not computed: the cache is filled with numbers without meaning, whose reading takes as long.
+llama.cpp computes a prompt of that length first, which takes minutes.
 """
 
 from __future__ import annotations
