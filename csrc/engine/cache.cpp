@@ -66,7 +66,7 @@ void Cache::fill(const KvTable& table, int64_t head_dim) {
       else
         table.formats[format].seal(grown.data(), one.data(), head_dim);
     }
-    for (size_t at = 0; at < memory_[i].size(); at += bytes)
+    for (size_t at = 0; at + bytes <= memory_[i].size(); at += bytes)
       std::memcpy(memory_[i].data() + at, one.data(), bytes);
   }
 }

@@ -262,12 +262,12 @@ class Model:
       ropes: list of (cos, sin), f32 `[context, head_dim / 2]`.
     - `tensors`: Hugging Face's names; matrices are `Tensor`, vectors f32. No `lm_head.weight`: the
       embedding is the head. A `.bias` beside a matrix is added. Memory is borrowed, not copied.
-    - `kv`: stores: list of (one of `KV_FORMATS` or "labels", blocks, heads). A block is 16 tokens of
-      one head; of labels, 256.
-      heads: i32 `[layers * n_kv_heads, 10]`: store of the head's growing blocks and number in it, of
-      its sealed blocks, of its labels (store -1: none), then what query block i reads of the blocks
-      j <= i: sinks, window, stride, phase: j < sinks or i - j < window or j % stride == phase; all if
-      window is 0.
+    - `kv`: stores: list of (one of `KV_FORMATS` or "labels", blocks, heads). A block is 16 tokens
+      of one head; of labels, 256.
+      heads: i32 `[layers * n_kv_heads, 10]`: store of the head's growing blocks and number in it,
+      of its sealed blocks, of its labels (store -1: none), then what query block i reads of the
+      blocks j <= i: sinks, window, stride, phase: j < sinks or i - j < window or
+      j % stride == phase; all if window is 0.
       topk: heads with labels read one block of so many; 0: all, and no labels.
       channels, scales: of labels, i32 and f32 `[layers * n_kv_heads, r]`.
     - `threads`: 0 takes the pool's default at this moment.
@@ -305,9 +305,10 @@ class Model:
         """Runs T tokens of B sequences through the model; returns logits `[R, vocab_size]`.
 
         - `tokens`, `positions`: `[T]`. Positions of one sequence's tokens are consecutive.
-        - `cached`: `[B]`, tokens of each sequence in the cache before this step; its new ones follow.
-        - `block_tables`: `[stores, B, max_blocks]`: token t of a sequence is in block t // 16 of its
-          table (t // 256 in a store of labels). What a store does not keep may be any block.
+        - `cached`: `[B]`, tokens of each sequence in the cache before this step; its new ones
+          follow.
+        - `block_tables`: `[stores, B, max_blocks]`: token t of a sequence is in block t // 16 of
+          its table (t // 256 in a store of labels). What a store does not keep may be any block.
         - `cu_seqlens`: `[B + 1]`: the tokens of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1].
         - `logit_rows`: `[R]`, indices of tokens.
 

@@ -1,4 +1,4 @@
-"""Blocks are handed out once, all or nothing, come back, and stay as long as something reads them."""
+"""Blocks are handed out once, all or nothing, come back, and stay while something reads them."""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def test_a_prompt_beside_a_decoding_sequence() -> None:
 
 def test_every_row() -> None:
     model = Recorder()
-    Runner(model, 64, 128, [Store(8)]).step([Chunk(sequence([1, 2, 3], [0]), 0, 3, False)], every_row=True)
+    Runner(model, 64, 128, [Store(8)]).step(
+        [Chunk(sequence([1, 2, 3], [0]), 0, 3, False)], every_row=True
+    )
     assert model.call[-1] == [0, 1, 2]
 
 

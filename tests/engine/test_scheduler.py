@@ -47,12 +47,16 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
         assert chunk.samples == (end == len(chunk.sequence.tokens))
         assert len(chunk.sequence.tables.tables[0]) >= blocks_for(end)
         for p in range(chunk.start, end):
-            slots.add(chunk.sequence.tables.tables[0][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+            slots.add(
+                chunk.sequence.tables.tables[0][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+            )
     assert len(slots) == sum(chunk.count for chunk in chunks), "a slot is used twice"
     everyone = (*scheduler.running, *scheduler.waiting)
     owned = [b for s in everyone for b in scheduler.blocks.owned(s.tables)]
     assert len(owned) == len(set(owned)), "a block has two owners"
-    assert len(owned) + scheduler.blocks.free[0] == scheduler.blocks.stores[0].total, "a block is lost"
+    assert len(owned) + scheduler.blocks.free[0] == scheduler.blocks.stores[0].total, (
+        "a block is lost"
+    )
     assert all(not s.tables.tables and s.computed == 0 for s in scheduler.waiting)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from lacewing import formats
-from lacewing.engine.engine import Engine
 from lacewing.engine.blocks import Store
+from lacewing.engine.engine import Engine
 from lacewing.engine.kv import parse_kv
 from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import Runner, build_model

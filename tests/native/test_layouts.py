@@ -48,7 +48,12 @@ class Feeder:
     """Sequences over the stores of `kv`, as the engine feeds them."""
 
     def __init__(
-        self, name: str, kv: str, plan: KvPlan | None = None, isa: str | None = None, threads: int = 2
+        self,
+        name: str,
+        kv: str,
+        plan: KvPlan | None = None,
+        isa: str | None = None,
+        threads: int = 2,
     ) -> None:
         spec = tiny_spec(name)
         layout = lay_out(spec, parse_kv(kv), plan or plan_of(spec), CONTEXT)
@@ -157,7 +162,9 @@ def test_a_plan_of_everything_is_the_whole_cache(kv: str) -> None:
     tokens = tiny_tokens(140)
     plan = plan_of(tiny_spec("llama"), everything=True)
     expected = Feeder("llama", kv).feed(tokens, [100, *([1] * 40)])
-    assert (Feeder("llama", f"{kv}+plan:x", plan).feed(tokens, [100, *([1] * 40)]) == expected).all()
+    assert (
+        Feeder("llama", f"{kv}+plan:x", plan).feed(tokens, [100, *([1] * 40)]) == expected
+    ).all()
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])

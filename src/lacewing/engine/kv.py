@@ -5,13 +5,14 @@
 
 A block holds 16 tokens of one KV head; codecs and their layouts are listed in `csrc/formats/kv*.h`.
 
-- Growing codecs (`f16`, `bf16`, `f32`, `int8`, `int4`) store a token as it comes.
-- Sealed ones (`int8_sp70`: 70 % of the numbers of every token pruned by magnitude, MUSTAFAR, arXiv
-  2505.22913) are made of full blocks once they are `RECENT` blocks old; newer ones stay as they grew.
-- `topk:1/n`: every token reads one block of n, chosen by labels (Double Sparsity, arXiv 2408.07092):
-  some channels of every key in 8 bits. The first block and the last four are always read, and never
-  fewer than 32. The labels' channels are calibrated: `kvplan.json` in the model's directory, or
-  `topk:1/n@FILE`.
+- Growing codecs (`f16`, `bf16`, `f32`, `int8`) store a token as it comes.
+- Sealed ones are made of full blocks of `int8` once they are `RECENT` blocks old; newer ones stay
+  as they grew: `int4` (KIVI, arXiv 2402.02750), `int8_sp70` (70 % of the numbers of every token
+  pruned by magnitude; MUSTAFAR, arXiv 2505.22913), `int8_sp50`.
+- `topk:1/n`: every token reads one block of n, chosen by labels (Double Sparsity, arXiv
+  2408.07092): some channels of every key in 8 bits. The first block and the last four are always
+  read, and never fewer than 32. The labels' channels are calibrated: `kvplan.json` in the model's
+  directory, or `topk:1/n@FILE`.
 - `plan:FILE`: every head reads, and keeps, the span that the file gives it (MoA, arXiv 2406.14909).
 - `merge:r`: when a prompt is complete, its cache shrinks to the share r (Elastic Cache, arXiv
   2407.17678).
@@ -88,9 +89,8 @@ def _policy(text: str) -> dict[str, Any]:
 
 
 def _hint() -> str:
-    return (
-        "for instance `int8`, `int8+topk:1/16`, `plan:FILE`, `merge:0.2`; see docs/concepts/kv-cache.md"
-    )
+    examples = "for instance `int8`, `int8+topk:1/16`, `plan:FILE`, `merge:0.2`"
+    return f"{examples}; see docs/concepts/kv-cache.md"
 
 
 def kv_formats() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,9 @@ class StorePlan:
 
 @dataclass
 class KvLayout:
-    """stores: and how many heads each holds. heads: i32 `[layers * n_kv_heads, 10]`: store and
-    number in it of growing, sealed and label blocks (store -1: none), then sinks, window, stride and
-    phase of what is read, in blocks (window 0: everything)."""
+    """stores: and how many heads each holds. rows: for each layer and KV head the store and the
+    number in it of growing, sealed and label blocks (store -1: none), then sinks, window, stride
+    and phase of what is read, in blocks (window 0: everything)."""
 
     topk: int
     stores: dict[StorePlan, int] = field(default_factory=dict)
@@ -62,12 +63,12 @@ class KvLayout:
             found.append(Store(total, plan.block_tokens, plan.keep))
         return found
 
-    def bytes(self, stores: list[Store]) -> int:
+    def bytes(self, stores: Sequence[Store]) -> int:
         """Bytes of the whole cache."""
         pairs = zip(self.stores.items(), stores, strict=True)
         return sum(self._block_bytes(p) * heads * store.total for (p, heads), store in pairs)
 
-    def native(self, stores: list[Store]) -> dict[str, Any]:
+    def native(self, stores: Sequence[Store]) -> dict[str, Any]:
         """What `_C.Model` has to know."""
         pairs = zip(self.stores.items(), stores, strict=True)
         labels = {} if self.channels is None else {"channels": self.channels, "scales": self.scales}
@@ -81,7 +82,7 @@ class KvLayout:
     def _block_bytes(self, plan: StorePlan) -> int:
         if plan.format == LABELS:
             assert self.channels is not None
-            return LABEL_TOKENS * self.channels.shape[1]
+            return LABEL_TOKENS * int(self.channels.shape[1])
         return block_bytes(plan.format, self.head_dim)
 
 
@@ -118,12 +119,11 @@ def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: i
 def _head(layout: KvLayout, choice: KvChoice, window: int, span: Span | None) -> tuple[int, ...]:
     """The row of one head. window: of its layer, in tokens; 0: none."""
     if window:  # reads the last `window` tokens, wherever blocks begin
-        keep = Keep(0, (window + BLOCK_SIZE - 2) // BLOCK_SIZE + 1)
-        return (*layout.place(StorePlan(choice.growing, keep)), *_NONE, *_NONE, 0, 0, 0, 0)
-    keep, read = None, (0, 0, 0, 0)
+        last = Keep(0, (window + BLOCK_SIZE - 2) // BLOCK_SIZE + 1)
+        return (*layout.place(StorePlan(choice.growing, last)), *_NONE, *_NONE, 0, 0, 0, 0)
+    read, keep = (0, 0, 0, 0), None
     if span is not None and span.window:
-        blocks = [each // BLOCK_SIZE for each in (span.sinks, span.window)]
-        read = (*blocks, span.stride, span.phase)
+        read = (span.sinks // BLOCK_SIZE, span.window // BLOCK_SIZE, span.stride, span.phase)
         keep = Keep(*read)
     labels = layout.place(StorePlan(LABELS)) if choice.topk else _NONE
     if sealed_from(choice.codec) is None:
