@@ -47,7 +47,7 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions
 class LacewingCache(Cache):
     """Keys and values of every layer, as `kv` stores them; for `attn_implementation="lacewing"`.
 
-    config: the model's. kv: "f16" (default), "bf16", "f32", "int8" or "int4". isa: force an
+    config: the model's. kv: "f16" (default), "bf16", "f32" or "int8". isa: force an
     instruction set (see `lacewing doctor`). Raises RequestError for another `kv`, and for layers
     that are neither full nor sliding-window attention; UnsupportedCpuError.
 
