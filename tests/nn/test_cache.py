@@ -329,7 +329,7 @@ def test_no_gradient() -> None:
         model(input_ids=prompt(), past_key_values=LacewingCache(model.config))
 
 
-@pytest.mark.parametrize("kv", ["int7", "topk:1/16", "int8_sp70", ""])
+@pytest.mark.parametrize("kv", ["int7", "topk:1/16", "int8_sp70", "int4", ""])
 def test_a_codec_that_is_not_there(kv: str) -> None:
     with pytest.raises(RequestError, match="KvCache: kv must"):
         LacewingCache(model_of("llama").config, kv)

@@ -37,16 +37,17 @@ if "q_offset" not in inspect.signature(sdpa_mask).parameters:
 __all__ = ["LacewingCache", "attend", "describe_mask"]
 
 NAME = "lacewing"
+_Mixin: Any = CacheLayerMixin  # its own methods are not typed
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LAYERS = ("full_attention", "sliding_attention")
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions", "cache")
 """Arguments of attention that change its result and that the kernels do not have."""
 
 
-class LacewingCache(Cache):  # type: ignore[misc]
+class LacewingCache(Cache):
     """Keys and values of every layer, as `kv` stores them; for `attn_implementation="lacewing"`.
 
-    config: the model's. kv: "f16" (default), "bf16", "f32", "int8" or "int4". isa: force an
+    config: the model's. kv: "f16" (default), "bf16", "f32" or "int8". isa: force an
     instruction set (see `lacewing doctor`). Raises RequestError for another `kv`, and for layers
     that are neither full nor sliding-window attention; UnsupportedCpuError.
 
@@ -64,12 +65,13 @@ class LacewingCache(Cache):  # type: ignore[misc]
                 f"LacewingCache: layers must be {' or '.join(_LAYERS)}, got {sorted(others)}"
             )
         self.kv = kv
-        super().__init__(layers=[_Layer(kv, isa) for _ in kinds])
+        self._layers = [_Layer(kv, isa) for _ in kinds]
+        super().__init__(layers=list(self._layers))
 
     @property
     def bytes(self) -> int:
         """Of the blocks of all layers; some of them are still free."""
-        return sum(layer.native.bytes for layer in self.layers if layer.native is not None)
+        return sum(layer.native.bytes for layer in self._layers if layer.native is not None)
 
 
 def _layer_kinds(config: Any) -> list[str]:
@@ -79,7 +81,7 @@ def _layer_kinds(config: Any) -> list[str]:
     )
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
+class _Layer(_Mixin):
     """One layer's `_C.KvCache`, made when the first keys tell its sizes.
 
     It keeps all tokens of a sliding window's layer too: cropping gets them back.
