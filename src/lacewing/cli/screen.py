@@ -197,4 +197,4 @@ def to_plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-KV_HELP = "KV cache: f16, bf16, f32, int8, int4 ..; int8+topk:1/16, plan:FILE, merge:0.2: read less."
+KV_HELP = "KV cache: f16, bf16, f32, int8, int4; to read less: topk:1/16, plan:FILE, merge:0.2."
