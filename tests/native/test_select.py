@@ -96,6 +96,7 @@ def test_any_choice(data: st.DataObject) -> None:
     sinks = data.draw(st.integers(0, budget))
     recent = data.draw(st.integers(0, budget - sinks))
     last = data.draw(st.integers(0, tokens - 1))
+    arrays[1][last + 1 :] *= 10  # would be chosen if they counted
     scale = data.draw(st.sampled_from([1e-3, 0.1, 5.0]))
     check(arrays, last, (sinks, recent, budget), scale)
 
@@ -108,8 +109,8 @@ def test_later_tokens_do_not_matter() -> None:
     q, k, *rest = case(4, 600, 32, 8)
     k[350:] *= 100
     for last in (255, 256, 300, 319, 320, 349):
-        seen = choose((q, k[: last + 1], *rest), last)
-        assert (choose((q, k, *rest), last) == seen).all()
+        seen = choose((q, k[: last + 1], *rest), last, (1, 0, 8))
+        assert (choose((q, k, *rest), last, (1, 0, 8)) == seen).all()
 
 
 def test_the_one_token_that_matters() -> None:
