@@ -60,7 +60,7 @@ long_prompts = st.lists(
     long_prompts,
     st.integers(1, 300),
     st.integers(1, 6),
-    st.integers(28, 60),
+    st.integers(25, 40),
     st.sampled_from([0.1, 0.5, 0.9]),
 )
 def test_merging_is_the_same_however_the_work_is_cut(
