@@ -322,6 +322,8 @@ struct StepArrays {
   const Array<int32_t, 3>& block_tables;
   const Indices& cu_seqlens;
   const Indices& logit_rows;
+  const std::optional<Indices>& keep;
+  const std::optional<Array<int32_t, 2>>& merged_tables;
 
   int64_t sequences() const { return static_cast<int64_t>(block_tables.shape(1)); }
 };
@@ -379,6 +381,50 @@ void check_tables(const StepArrays& a, int64_t b, const KvLayout& layout) {
   }
 }
 
+// Merging needs every token of a sequence in one store, where all heads and layers read it.
+void check_mergeable(const NativeModel& self) {
+  const KvLayout& layout = self.model->layout();
+  bool all = layout.stores.size() == 1;
+  for (const KvHead& head : layout.heads) all = all && head.span.everything();
+  for (const Layer& layer : self.model->weights().layers)
+    all = all && (layer.window == 0 || layer.window >= self.context);
+  require(all, "step: keep needs a model with one store, all of which is read");
+}
+
+// Sequence b, merged to `keep` tokens.
+void check_merge(const StepArrays& a, int64_t b, int64_t keep, const KvStore& store) {
+  const int64_t rows = a.cu_seqlens.data()[b + 1] - a.cu_seqlens.data()[b];
+  const std::string at = "[" + text(b) + "]";
+  require(rows >= kMergeRows, "step: cu_seqlens must give sequence " + text(b) + ", which keep" +
+                                  at + " merges, at least " + text(kMergeRows) +
+                                  " tokens, got " + text(rows));
+  const int64_t tokens = a.cached.data()[b] + rows;
+  require(keep > kMergeFirst + kMergeLast && keep <= tokens,
+          "step: keep" + at + " must be 0, or in " + text(kMergeFirst + kMergeLast + 1) + ".." +
+              text(tokens) + ", the tokens in the cache, got " + text(keep));
+  const int64_t columns = static_cast<int64_t>(a.merged_tables->shape(1));
+  const int64_t blocks = (keep + kBlock - 1) / kBlock;
+  require(blocks <= columns, "step: merged_tables must have at least " + text(blocks) +
+                                 " columns for " + text(keep) + " tokens, got " + text(columns));
+  for (int64_t j = 0; j < blocks; ++j)
+    require_range("step: merged_tables[" + text(b) + ", " + text(j) + "]",
+                  a.merged_tables->data()[b * columns + j], 0, store.blocks - 1);
+}
+
+void check_merges(const StepArrays& a, const NativeModel& self) {
+  require(a.keep.has_value() == a.merged_tables.has_value(),
+          "step: keep and merged_tables go together");
+  if (!a.keep) return;
+  require(length(*a.keep) == a.sequences() &&
+              static_cast<int64_t>(a.merged_tables->shape(0)) == a.sequences(),
+          "step: keep and merged_tables must have one row per sequence (" + text(a.sequences()) +
+              "), got " + text(length(*a.keep)) + " and " + shape_text(*a.merged_tables));
+  check_mergeable(self);
+  for (int64_t b = 0; b < a.sequences(); ++b)
+    if (const int64_t keep = a.keep->data()[b]; keep != 0)
+      check_merge(a, b, keep, self.model->layout().stores[0]);
+}
+
 void check_step(const StepArrays& a, const NativeModel& self) {
   const int64_t count = length(a.tokens);
   require(length(a.positions) == count,
@@ -398,14 +444,18 @@ void check_step(const StepArrays& a, const NativeModel& self) {
     check_positions(a, b, self.context);
     check_tables(a, b, layout);
   }
+  check_merges(a, self);
   for (int64_t r = 0; r < length(a.logit_rows); ++r)
     require_range("step: logit_rows[" + text(r) + "]", a.logit_rows.data()[r], 0, count - 1);
 }
 
 nb::object step(NativeModel& self, const Indices& tokens, const Indices& positions,
                 const Indices& cached, const Array<int32_t, 3>& block_tables,
-                const Indices& cu_seqlens, const Indices& logit_rows) {
-  const StepArrays a{tokens, positions, cached, block_tables, cu_seqlens, logit_rows};
+                const Indices& cu_seqlens, const Indices& logit_rows,
+                const std::optional<Indices>& keep,
+                const std::optional<Array<int32_t, 2>>& merged_tables) {
+  const StepArrays a{tokens,     positions,  cached, block_tables,
+                     cu_seqlens, logit_rows, keep,   merged_tables};
   check_step(a, self);
   const int64_t vocab = self.model->weights().spec.vocab_size, rows = length(logit_rows);
   std::unique_ptr<float[]> logits(
@@ -420,7 +470,10 @@ nb::object step(NativeModel& self, const Indices& tokens, const Indices& positio
                         block_tables.data(),
                         cu_seqlens.data(),
                         logit_rows.data(),
-                        logits.get()};
+                        logits.get(),
+                        keep ? keep->data() : nullptr,
+                        keep ? merged_tables->data() : nullptr,
+                        keep ? static_cast<int64_t>(merged_tables->shape(1)) : 0};
   if (input.count > 0) {
     nb::gil_scoped_release release;
     self.model->step(input);
@@ -440,6 +493,8 @@ void register_model(nb::module_& m) {
       .def("step", &step, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(),
            nb::arg("cached").noconvert(), nb::arg("block_tables").noconvert(),
            nb::arg("cu_seqlens").noconvert(), nb::arg("logit_rows").noconvert(),
+           nb::arg("keep").noconvert() = nb::none(),
+           nb::arg("merged_tables").noconvert() = nb::none(),
            "Runs the tokens through the model and returns the logits f32 [R, vocab] of rows "
            "`logit_rows`.")
       .def(

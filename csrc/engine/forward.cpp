@@ -110,6 +110,7 @@ class Forward::Worker {
               {&w.v, qkv() + s.q_size() + s.kv_size(), ld}});
     meet();
     attention(index, w, taken);
+    merge(index);
     project(w.o, model_.shared_.heads, w.post_attention_norm);
     const float* norm = s.sandwich_norm ? w.pre_feedforward_norm : w.post_attention_norm;
     gate_up(w, normalize(m_, nullptr, norm, {&w.gate, &w.up}));
@@ -470,6 +471,28 @@ class Forward::Worker {
     quantize_all(w.o, model_.shared_.attended.as<float>(), model_.shared_.heads);
   }
 
+  // Merges the prompts that end in the chunk, each KV head by one thread. The others go on: until
+  // they have met again, nobody writes queries or blocks, and nobody reads the merged blocks in
+  // this step.
+  void merge(size_t layer) {
+    const int64_t heads = spec_.n_kv_heads;
+    const int64_t count = static_cast<int64_t>(chunk_->merges.size()) * heads;
+    for (int64_t i = (tid_ + static_cast<int64_t>(layer)) % n_; i < count; i += n_)
+      merge_head(layer, chunk_->merges[static_cast<size_t>(i / heads)], i % heads);
+  }
+
+  void merge_head(size_t layer, const Merge& merge, int64_t kv_head) {
+    const Spec& s = spec_;
+    const KvPlace& place = head_of(layer, kv_head).growing;
+    uint8_t* blocks = model_.cache_.blocks(place);
+    kernels_of(place).merge(
+        {qkv() + merge.row * s.qkv_size() + kv_head * s.group_heads() * s.head_dim, s.qkv_size(),
+         kMergeRows, s.head_dim, s.group_heads(), s.attention_scale, blocks,
+         f_.input_.table(place.store, merge.sequence), merge.tokens, blocks,
+         f_.input_.merged_tables + merge.sequence * f_.input_.max_merged, merge.keep,
+         space_.merge.data()});
+  }
+
   // ---- head
 
   void logits(const LogitRun& run) {
@@ -498,14 +521,16 @@ Forward::Forward(Model& model, const StepInput& input)
       taken_(new std::atomic<int64_t>[chunks_.size() * model.weights_.layers.size()]()),
       barrier_(Pool::instance().resolve(model.threads()),
                Pool::instance().may_spin(model.threads())) {
-  int64_t pairs = 0, floats = 0;
+  int64_t pairs = 0, floats = 0, merged = 0;
   for (const Chunk& chunk : chunks_) {
     pairs = std::max(pairs, static_cast<int64_t>(chunk.tiles.size()));
     floats = std::max(floats, chunk.partial_floats);
+    for (const Merge& merge : chunk.merges) merged = std::max(merged, merge.tokens);
   }
   done_.reset(
       new std::atomic<int64_t>[static_cast<size_t>(pairs * model.weights_.spec.n_kv_heads)]());
   model.reserve_partials(floats);
+  model.reserve_merge(merged);
 }
 
 void Forward::run(int tid, int n) {

@@ -91,6 +91,13 @@ void Model::reserve_partials(int64_t floats) {
   if (shared_.partials.size() < bytes) shared_.partials = Memory(bytes);
 }
 
+void Model::reserve_merge(int64_t tokens) {
+  if (tokens == 0) return;
+  const size_t bytes = merge_scratch(tokens, weights_.spec.head_dim);
+  for (ThreadSpace& space : thread_)
+    if (space.merge.size() < bytes) space.merge = Memory(bytes);
+}
+
 void Model::step(const StepInput& input) {
   const std::lock_guard lock(stepping_);
   Forward forward(*this, input);

@@ -64,13 +64,21 @@ struct StepInput {
   const int32_t* cu_seqlens;    // [sequences + 1]
   const int32_t* logit_rows;    // [logit_count]
   float* logits;                // [logit_count, vocab_size]
+  // Sequences whose prompt is complete with this step and is merged to so many tokens (0: not), and
+  // where these go; there is one store then. Null: none is merged.
+  const int32_t* keep = nullptr;           // [sequences]
+  const int32_t* merged_tables = nullptr;  // [sequences, max_merged]
+  int64_t max_merged = 0;
 
   const int32_t* table(int store, int64_t sequence) const {
     return block_tables + (store * sequences + sequence) * max_blocks;
   }
+  int64_t kept(int64_t sequence) const { return keep ? keep[sequence] : 0; }
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
+// Rows at a prompt's end whose queries say which of its tokens are important to a merge.
+inline constexpr int64_t kMergeRows = 32;
 // What a linear layer may want its input to be: floats padded to 2 or to 64, int8 groups of 32, 64
 // or 128, or int8 rows padded to 64 or to 320.
 inline constexpr int kGrids = 7;
@@ -105,6 +113,7 @@ struct ThreadSpace {
   Reads reads;        // the blocks that a head reads
   Memory partial;     // of attention to sealed blocks, as large as a tile wants it
   Memory select;      // scratch of choosing blocks
+  Memory merge;       // scratch of merging prompts, as large as a step wants it
 };
 
 // What the threads share.
@@ -145,6 +154,8 @@ class Model {
   void reserve_thread(ThreadSpace& space);
   // Room for partial results of attention. Throws std::bad_alloc.
   void reserve_partials(int64_t floats);
+  // Room for every thread to merge prompts of up to `tokens` tokens. Throws std::bad_alloc.
+  void reserve_merge(int64_t tokens);
 };
 
 // Rows of hidden_size that a thread normalizes for itself instead of meeting the others.

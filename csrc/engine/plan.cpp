@@ -58,6 +58,23 @@ void add_tiles(Chunk& chunk, const StepInput& input, int64_t sequence, int64_t l
   }
 }
 
+// A chunk does not end among the rows whose queries a merge wants together.
+int64_t chunk_rows(const StepInput& input, int64_t begin, int64_t sequence) {
+  if (input.count - begin <= kChunk) return input.count - begin;
+  const int64_t stop = begin + kChunk;
+  while (input.cu_seqlens[sequence + 1] < stop) ++sequence;
+  const int64_t end = input.cu_seqlens[sequence + 1];
+  const bool cut = input.kept(sequence) > 0 && end > stop && end - kMergeRows < stop;
+  return (cut ? end - kMergeRows : stop) - begin;
+}
+
+void add_merge(Chunk& chunk, const StepInput& input, int64_t sequence) {
+  const int64_t begin = input.cu_seqlens[sequence], end = input.cu_seqlens[sequence + 1];
+  if (input.kept(sequence) == 0 || end > chunk.begin + chunk.rows) return;
+  chunk.merges.push_back({sequence, end - kMergeRows - chunk.begin,
+                          input.cached[sequence] + end - begin, input.kept(sequence)});
+}
+
 void add_logits(Chunk& chunk, const StepInput& input) {
   for (int64_t i = 0; i < input.logit_count; ++i) {
     const int64_t row = input.logit_rows[i] - chunk.begin;
@@ -77,11 +94,14 @@ std::vector<Chunk> plan_chunks(const StepInput& input, const Spec& spec, int thr
   const int64_t limit = tile_rows(spec.group_heads());
   std::vector<Chunk> chunks;
   int64_t sequence = 0;
-  for (int64_t begin = 0; begin < input.count; begin += kChunk) {
-    Chunk chunk{begin, std::min(kChunk, input.count - begin), true, {}, {}, {}, 0, {}};
+  for (int64_t begin = 0; begin < input.count; begin = chunks.back().begin + chunks.back().rows) {
     while (input.cu_seqlens[sequence + 1] <= begin) ++sequence;
-    for (int64_t s = sequence; s < input.sequences && input.cu_seqlens[s] < begin + chunk.rows; ++s)
+    Chunk chunk{begin, chunk_rows(input, begin, sequence), true, {}, {}, {}, 0, {}, {}};
+    for (int64_t s = sequence; s < input.sequences && input.cu_seqlens[s] < begin + chunk.rows;
+         ++s) {
       add_tiles(chunk, input, s, limit, by_block);
+      add_merge(chunk, input, s);
+    }
     std::stable_sort(chunk.tiles.begin(), chunk.tiles.end(), [](const Tile& a, const Tile& b) {
       return a.position + a.rows > b.position + b.rows;
     });

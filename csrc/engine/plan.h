@@ -33,6 +33,13 @@ struct CacheRow {
   int64_t sequence, position;
 };
 
+// A sequence whose prompt ends in the chunk and is merged.
+struct Merge {
+  int64_t sequence;
+  int64_t row;           // in the chunk, the first of its last kMergeRows
+  int64_t tokens, keep;  // in the cache, before and after
+};
+
 struct Chunk {
   int64_t begin, rows;
   bool alone;  // one item per row of every sequence: it can store its keys and attend at once
@@ -41,6 +48,7 @@ struct Chunk {
   std::vector<Item> items;
   int64_t partial_floats;
   std::vector<LogitRun> logits;
+  std::vector<Merge> merges;
 };
 
 // `threads` decides how the work is cut, never what is computed. `by_block`: tiles do not cross a

@@ -301,6 +301,8 @@ class Model:
         block_tables: _I32,
         cu_seqlens: _I32,
         logit_rows: _I32,
+        keep: _I32 | None = None,
+        merged_tables: _I32 | None = None,
     ) -> _F32:
         """Runs T tokens of B sequences through the model; returns logits `[R, vocab_size]`.
 
@@ -311,6 +313,10 @@ class Model:
           its table (t // 256 in a store of labels). What a store does not keep may be any block.
         - `cu_seqlens`: `[B + 1]`: the tokens of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1].
         - `logit_rows`: `[R]`, indices of tokens.
+        - `keep`: `[B]`, tokens to which the cache of a sequence shrinks after this step, as `merge`
+          does it; 0: none. Such a sequence has 32 tokens at least in the step: their queries say
+          what is important.
+        - `merged_tables`: `[B, blocks]`, where the tokens that stay go: blocks of no table.
 
         A prompt may come in pieces. The logits of a token have the same bits however its sequence
         was cut and whatever else is in the batch (bf16 weights on AMX: as long as both times fewer

@@ -9,10 +9,19 @@ from hypothesis import strategies as st
 
 from lacewing import SamplingParams
 from lacewing.engine.engine import Engine
+from lacewing.engine.kv import kept_tokens
 from lacewing.engine.sampling import log_total
 from lacewing.engine.sequence import Sequence
 from lacewing.errors import LacewingError, RequestError
-from tests.engine.fakes import EOS, FakeModel, ask, continuation, fake_engine, logits_after
+from tests.engine.fakes import (
+    EOS,
+    FakeModel,
+    ask,
+    continuation,
+    fake_engine,
+    logits_after,
+    merged_after,
+)
 
 prompts = st.lists(st.lists(st.integers(1, 255), min_size=1, max_size=60), min_size=1, max_size=8)
 
@@ -39,6 +48,77 @@ def test_chunks_batches_and_preemption_never_change_tokens(
     params = SamplingParams(max_tokens=30)
     found = run(engine, [ask(engine, prompt, params) for prompt in prompts])
     assert found == [continuation(prompt, 30) for prompt in prompts]
+
+
+long_prompts = st.lists(
+    st.tuples(st.integers(1, 255), st.integers(1, 200)), min_size=1, max_size=6
+)  # (first token, tokens)
+
+
+@settings(max_examples=60)
+@given(
+    long_prompts,
+    st.integers(1, 300),
+    st.integers(1, 6),
+    st.integers(25, 40),
+    st.sampled_from([0.1, 0.5, 0.9]),
+)
+def test_merging_is_the_same_however_the_work_is_cut(
+    shapes: list[tuple[int, int]], budget: int, together: int, blocks: int, share: float
+) -> None:
+    """Also of sequences that are computed again: what is merged is the prompt, and only that."""
+    engine = fake_engine(blocks, 240, merge=share, token_budget=budget, max_sequences=together)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompts = [[(first + i * i) % 255 + 1 for i in range(count)] for first, count in shapes]
+    found = run(engine, [ask(engine, prompt, params) for prompt in prompts])
+    for prompt, output in zip(prompts, found, strict=True):
+        keep = kept_tokens(len(prompt), share)
+        assert output == continuation(prompt, 40, True, keep)
+
+
+def test_a_merged_prompt_is_computed_again() -> None:
+    prompts = [[s + 1] * 100 for s in range(4)]
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    engine = fake_engine(24, merge=0.5)
+    sequences = [ask(engine, prompt, params) for prompt in prompts]
+    found = run(engine, sequences)
+    assert any(sequence.preemptions for sequence in sequences)
+    assert found == [continuation(prompt, 120, True, 50) for prompt in prompts]
+
+
+def test_a_merged_prompt_gives_its_blocks_back() -> None:
+    engine = fake_engine(64, merge=0.25)
+    sequence = ask(engine, list(range(1, 161)), SamplingParams(max_tokens=30, ignore_eos=True))
+    engine.step()
+    assert sequence.merged == 120
+    assert engine.scheduler.blocks.free == (64 - 3,)  # 40 tokens
+
+
+@pytest.mark.parametrize("prompt", [63, 64, 100])
+def test_logits_after_a_prompt_read_what_is_left_of_it(prompt: int) -> None:
+    model = FakeModel(64)
+    engine = fake_engine(model=model, merge=0.5, token_budget=40)
+    tokens = [i % 250 + 1 for i in range(130)]
+
+    def expected(start: int) -> list[list[float]]:
+        keep = kept_tokens(start, 0.5)
+        past = merged_after(tokens[:start], keep) if keep else tokens[:start]
+        return [logits_after([*past, *tokens[start : i + 1]]).tolist() for i in range(start, 130)]
+
+    def found(start: int) -> list[list[float]]:
+        return np.concatenate(list(engine.logits(tokens, start))).tolist()
+
+    assert found(prompt) == expected(prompt)
+    steps = len(model.steps)
+    assert found(prompt) == expected(prompt)
+    assert len(model.steps) == steps + 1, "the same prompt is not computed again"
+    for start in (0, prompt, prompt - 5, 0, 120, prompt, 0, 99):
+        assert found(start) == expected(start), start
+
+
+def test_score_merges_nothing() -> None:
+    tokens = [i % 250 + 1 for i in range(130)]
+    assert (fake_engine(merge=0.2).score(tokens) == fake_engine().score(tokens)).all()
 
 
 @pytest.mark.parametrize("blocks", [16, 17, 24, 40])

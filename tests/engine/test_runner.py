@@ -47,7 +47,7 @@ class Recorder:
     def step(self, *arrays: Any) -> Any:
         self.call = [each.tolist() for each in arrays]
         assert all(each.dtype == np.int32 and each.flags.c_contiguous for each in arrays)
-        return np.zeros((len(arrays[-1]), 64), np.float32)
+        return np.zeros((len(arrays[5]), 64), np.float32)
 
 
 def sequence(tokens: list[int], table: list[int]) -> Sequence:
@@ -76,6 +76,23 @@ def test_a_prompt_beside_a_decoding_sequence() -> None:
     assert tables == [[[6, 1], [2, 0], [0, 0]]]
     assert bounds == [0, 1, 3, 5]
     assert rows == [0, 4]
+
+
+def test_a_prompt_that_is_merged() -> None:
+    model = Recorder()
+    shrunk = sequence(list(range(100)), [6, 1, 4])
+    shrunk.merged = 60
+    ends = sequence([1] * 64, [0, 2, 3, 5])
+    ends.keep, ends.tables.merged = 40, array("i", [7, 9, 8])
+    chunks = [Chunk(shrunk, 99, 1, True), Chunk(ends, 32, 32, True)]
+    Runner(model, 64, 128, [Store(10)]).step(chunks)
+    *_, cached, tables, _, rows, keep, merged = model.call
+    assert model.call[1][:2] == [99, 32]
+    assert (cached, tables, rows) == ([39, 32], [[[6, 1, 4, 0], [0, 2, 3, 5]]], [0, 32])
+    assert (keep, merged) == ([0, 40], [[0, 0, 0], [7, 9, 8]])
+    chunks[1].count = 31
+    Runner(model, 64, 128, [Store(10)]).step(chunks)
+    assert len(model.call) == 6, "it is not complete"
 
 
 def test_every_row() -> None:

@@ -55,8 +55,10 @@ def tiny_engine(
     isa: str | None = None,
     threads: int | None = None,
     kv_blocks: int = 128,
+    kv: str = "f16",
     **options: int,
 ) -> Engine:
-    layout, stores = lay_out(tiny_spec(), parse_kv("f16"), None, 512), [Store(kv_blocks)]
+    layout, stores = lay_out(tiny_spec(), parse_kv(kv), None, 512), [Store(kv_blocks)]
     model = build_model(tiny_spec(), tiny_tensors(format), 512, layout, stores, isa, threads)
-    return Engine(Runner(model, VOCAB, 512, stores), ByteDecoder, (EOS,), **options)
+    runner = Runner(model, VOCAB, 512, stores, merge=layout.merge)
+    return Engine(runner, ByteDecoder, (EOS,), **options)

@@ -67,6 +67,8 @@ class Tables:
     """Blocks owned and not in use yet."""
     kept: list[list[int]] = field(default_factory=list)
     """Numbers of the blocks in use that may be let go of, where a store does not keep all."""
+    merged: array[int] = field(default_factory=lambda: array("i"))
+    """While a step merges the sequence's prompt: the block table that replaces the one store's."""
 
 
 class BlockManager:
@@ -123,6 +125,26 @@ class BlockManager:
             for _ in range(store.blocks(stop) - len(table)):
                 table.append(spare.pop())
 
+    def rewind(self, tables: Tables, tokens: int) -> None:
+        """Goes back to `tokens` tokens, where that is possible: the blocks behind them are not in
+        use any more."""
+        for store, table, spare in zip(self.stores, tables.tables, tables.spare, strict=False):
+            while len(table) > store.blocks(tokens):
+                spare.append(table.pop())
+
+    def begin_merge(self, tables: Tables, keep: int) -> None:
+        """Gives the `keep` tokens that stay of a prompt their blocks, before the step that merges
+        it. Only where there is one store, which keeps all."""
+        for _ in range(self.stores[0].blocks(keep)):
+            tables.merged.append(tables.spare[0].pop())
+
+    def end_merge(self, tables: Tables, tokens: int) -> None:
+        """The prompt is merged: the blocks that held it go back, but for those that a sequence of
+        `tokens` tokens needs."""
+        tables.spare[0].extend(reversed(tables.tables[0]))
+        tables.tables[0], tables.merged = tables.merged, array("i")
+        self.reserve(tables, tokens, 1)
+
     def release(self, tables: Tables) -> None:
         """Takes every block of `tables` back and empties it."""
         for i, free in enumerate(self._free[: len(tables.tables)]):
@@ -135,7 +157,7 @@ class BlockManager:
             return []
         table = tables.tables[store]
         if self.stores[store].keep is None:
-            return [*table, *reversed(tables.spare[store])]
+            return [*table, *tables.merged, *reversed(tables.spare[store])]
         return [*(table[j] for j in tables.kept[store]), *reversed(tables.spare[store])]
 
     def reset(self, owners: Sequence[Tables] = ()) -> None:
@@ -156,7 +178,7 @@ class BlockManager:
 
     @staticmethod
     def _empty(tables: Tables) -> None:
-        tables.tables, tables.spare, tables.kept = [], [], []
+        tables.tables, tables.spare, tables.kept, tables.merged = [], [], [], array("i")
 
 
 def blocks_for(tokens: int) -> int:

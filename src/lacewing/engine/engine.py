@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.engine.blocks import BLOCK_SIZE, BlockManager
+from lacewing.engine.kv import MERGE_ROWS, kept_tokens
 from lacewing.engine.runner import Runner
 from lacewing.engine.sampling import Sampler, SamplingParams, log_total
 from lacewing.engine.scheduler import Chunk, Scheduler
@@ -67,7 +68,8 @@ class Engine:
         """A new request, not queued yet. Raises `RequestError` as `check` does."""
         tokens = self.check(prompt)
         writer = Writer(self._new_decoder(), params.stop)
-        return Sequence.start(tokens, params, writer, self.runner.max_context)
+        keep = kept_tokens(len(tokens), self.runner.merge)
+        return Sequence.start(tokens, params, writer, self.runner.max_context, keep)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request; `step` works on it until it is finished or aborted."""
@@ -103,8 +105,9 @@ class Engine:
     def score(self, tokens: Ids[int]) -> NDArray[np.float32]:
         """Log-probability f32 `[n - 1]` of every token but the first, given those before it.
 
-        Memory is bounded: some 64 MiB of logits at a time. Raises `RequestError` for fewer than
-        two tokens, more than the context holds, ids outside the vocabulary.
+        Nothing is a prompt here: with `merge`, nothing is merged. Memory is bounded: some 64 MiB of
+        logits at a time. Raises `RequestError` for fewer than two tokens, more than the context
+        holds, ids outside the vocabulary.
         """
         ids = self._check_ids(tokens)
         if not 2 <= len(ids) <= self.runner.max_context:
@@ -123,6 +126,8 @@ class Engine:
     def logits(self, tokens: Ids[int], start: int = 0) -> Logits:
         """Logits of what follows each of the tokens `[start, n)`: f32 chunks `[rows, vocab]`.
 
+        The tokens before `start` are the prompt: with `merge`, they are merged when they are
+        complete, and what follows reads what is left of them; with `start` 0, nothing is merged.
         Memory is bounded as in `score`. Keys and values of the last call stay in the cache until
         the next step, so tokens before `start` that both calls begin with are not computed again;
         closing the iterator before its end lets go of them. Steps, and other calls, in between
@@ -148,46 +153,56 @@ class Engine:
         rows = min(rows, self.runner.step_tokens)
         try:
             for first in range(start, len(ids), rows):
-                yield self._read(ids, first, min(first + rows, len(ids)))
+                self._recall(ids, first, start)
+                yield self._read(first, min(first + rows, len(ids)))
         except GeneratorExit:
             if self._held.tokens is ids:  # and not those of another call
                 self._let_go()
             raise
 
-    def _read(self, ids: list[int], first: int, stop: int) -> NDArray[np.float32]:
-        """Logits after the tokens `[first, stop)`; those before them get into the cache first,
-        where they are not there from the call before."""
+    def _recall(self, ids: list[int], first: int, start: int) -> None:
+        """Keeps what `ids` up to `first` have in the cache from the call before, if it is what the
+        prompt `ids[:start]` leaves there."""
+        held = self._held
+        keep = kept_tokens(start, self.runner.merge)
+        shared = _shared(held.tokens[: held.computed], ids[:first])
+        if keep and not held.merged:  # the queries that merge it are to be computed
+            shared = min(shared, start - MERGE_ROWS)
+        same = start == held.prompt_tokens <= shared
+        rewinds = shared == held.computed or self.scheduler.blocks.rewinds
+        if not rewinds or (held.merged and not same):
+            self._let_go()
+        held.tokens, held.prompt_tokens, held.keep = ids, start, keep
+        held.computed = min(shared, held.computed)
+        self.scheduler.blocks.rewind(held.tables, held.computed - held.merged)
+
+    def _read(self, first: int, stop: int) -> NDArray[np.float32]:
+        """Logits after the tokens `[first, stop)` of what is held; those before them get into the
+        cache first, where they are not there."""
         held = self._held
         try:
-            shared = _shared(held.tokens[: held.computed], ids[:first])
-            if shared < held.computed and not self.scheduler.blocks.rewinds:
-                self._let_go()
-            while not self.scheduler.blocks.reserve(held.tables, stop):
+            while not self.scheduler.blocks.reserve(held.tables, held.room(stop)):
                 self.step()  # what was asked before ends, and gives its blocks back
-            held.computed = min(shared, held.computed)
-            held.tokens = ids
             while held.computed < first:
-                count = min(
+                most = min(
                     first - held.computed, self.scheduler.token_budget, self.runner.step_tokens
                 )
-                self._run(Chunk(held, held.computed, count, False))
-                held.computed += count
-            logits = self._run(Chunk(held, first, stop - first, False), every_row=True)
+                self._run(Chunk(held, held.computed, held.rows(most), False))
+            return self._run(Chunk(held, first, stop - first, False), every_row=True)
         except BaseException:
             self._let_go()
             self.scheduler.preempt_all()
             raise
-        held.computed = stop
-        return logits
 
     def _run(self, chunk: Chunk, every_row: bool = False) -> NDArray[np.float32]:
-        stop = chunk.start + chunk.count
-        self.scheduler.blocks.place(chunk.sequence.tables, chunk.start, stop)
-        return self.runner.step([chunk], every_row=every_row)
+        self.scheduler.place(chunk)
+        logits = self.runner.step([chunk], every_row=every_row)
+        self.scheduler.commit([chunk])
+        return logits
 
     def _let_go(self) -> None:
         """Forgets what `logits` has left in the cache."""
-        self._held.computed = 0
+        self._held.forget()
         self.scheduler.blocks.release(self._held.tables)
 
     def _check_ids(self, tokens: Ids[int]) -> list[int]:

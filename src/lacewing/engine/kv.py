@@ -15,11 +15,14 @@ A block holds 16 tokens of one KV head; codecs and their layouts are listed in `
   directory, or `topk:1/n@FILE`.
 - `plan:FILE`: every head reads, and keeps, the span that the file gives it (MoA, arXiv 2406.14909).
 - `merge:r`: when a prompt is complete, its cache shrinks to the share r (Elastic Cache, arXiv
-  2407.17678).
+  2407.17678): every KV head keeps its first 4 tokens, its last 32 and the most important between,
+  and the others become part of one that stays. Growing codecs, and models whose layers all read
+  everything.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +31,27 @@ from typing import Any
 from lacewing.errors import RequestError
 from lacewing.native import compiled
 
-__all__ = ["DEFAULT_KV", "RECENT", "KvChoice", "block_bytes", "kv_formats", "parse_kv"]
+__all__ = [
+    "DEFAULT_KV",
+    "MERGE_ROWS",
+    "RECENT",
+    "KvChoice",
+    "block_bytes",
+    "kept_tokens",
+    "kv_formats",
+    "parse_kv",
+]
 
 DEFAULT_KV = "f16"
 RECENT = 2
 """Query block i reads block j as it grew if i - j < RECENT."""
 LABEL_TOKENS = 256
 """Tokens of one block of labels."""
+MERGE_ROWS = 32
+"""Tokens at a prompt's end that one step computes together, if the prompt is to be merged: their
+queries say which of its tokens are important."""
+_MERGE_PROMPT = 64  # tokens of the shortest prompt that is merged
+_MERGE_KEPT = 37  # tokens that stay at least: the first 4, the last 32 and one between
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class KvChoice:
     file: Path | None = None
     """The plan that holds spans or labels; None: the one beside the model."""
     merge: float | None = None
+    """The share of a prompt that stays; None: all of it."""
 
     @property
     def growing(self) -> str:
@@ -102,6 +120,14 @@ def sealed_from(name: str) -> str | None:
     """The growing codec whose full blocks this one is made of; None if it grows itself."""
     found = compiled().KV_SEALED_FROM.get(name)
     return None if found is None else str(found)
+
+
+def kept_tokens(prompt: int, share: float | None) -> int:
+    """Tokens to which the cache of so many prompt tokens shrinks; 0: nothing is merged."""
+    if share is None or prompt < _MERGE_PROMPT:
+        return 0
+    keep = max(_MERGE_KEPT, math.ceil(share * prompt))
+    return keep if keep < prompt else 0
 
 
 def block_bytes(name: str, head_dim: int) -> int:

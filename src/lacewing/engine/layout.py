@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.checkpoint.kvplan import KvPlan, Span
-from lacewing.engine.blocks import BLOCK_SIZE, Keep, Store
-from lacewing.engine.kv import LABEL_TOKENS, RECENT, KvChoice, block_bytes, sealed_from
+from lacewing.engine.blocks import BLOCK_SIZE, Keep, Store, blocks_for
+from lacewing.engine.kv import LABEL_TOKENS, RECENT, KvChoice, block_bytes, kept_tokens, sealed_from
 from lacewing.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class KvLayout:
     channels: NDArray[np.int32] | None = None
     scales: NDArray[np.float32] | None = None
     head_dim: int = 0
+    merge: float | None = None
+    """The share of a prompt that stays once it is complete; None: all of it. With one store."""
 
     def place(self, plan: StorePlan) -> tuple[int, int]:
         """The store of `plan` and the number in it of one head more."""
@@ -59,6 +61,8 @@ class KvLayout:
         found = []
         for plan in self.stores:
             one = Store(0, plan.block_tokens, plan.keep).peak(context, rows)
+            # While a prompt is merged, both are there.
+            one += blocks_for(kept_tokens(context, self.merge))
             total = max(one, int(one * sequences))
             found.append(Store(total, plan.block_tokens, plan.keep))
         return found
@@ -89,8 +93,11 @@ class KvLayout:
 def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: int) -> KvLayout:
     """The stores of `choice`. plan: spans of the heads, or labels.
 
-    Raises `RequestError` if labels or spans are asked for and `plan` has none.
+    Raises `RequestError` if labels or spans are asked for and `plan` has none, or if what is to be
+    merged is sealed, or not all of it is read.
     """
+    if choice.merge is not None:
+        _check_merge(spec, choice, context)
     if choice.topk and (plan is None or plan.labels is None):
         raise RequestError(
             "`topk` needs the labels of this model, and there are none",
@@ -101,7 +108,7 @@ def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: i
             f"`{choice.file}` has no spans",
             hint="lacewing calibrate-kv MODEL --data TEXT --budget 0.4",
         )
-    layout = KvLayout(choice.topk, head_dim=spec.head_dim)
+    layout = KvLayout(choice.topk, head_dim=spec.head_dim, merge=choice.merge)
     for i, layer in enumerate(spec.layers):
         window = layer.window if layer.window and layer.window < context else 0
         for head in range(spec.n_kv_heads):
@@ -114,6 +121,23 @@ def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: i
         layout.channels = np.ascontiguousarray(plan.labels.channels.reshape(rows, -1), np.int32)
         layout.scales = np.ascontiguousarray(plan.labels.scales.reshape(rows, -1), np.float32)
     return layout
+
+
+def _check_merge(spec: DecoderSpec, choice: KvChoice, context: int) -> None:
+    if choice.growing != choice.codec:
+        raise RequestError(
+            f"`merge` needs a codec that stores tokens as they come, got `{choice.codec}`",
+            hint=f"`{choice.growing}+merge:{choice.merge}`",
+        )
+    if choice.topk or choice.spans:
+        raise RequestError("`merge` goes together with neither `topk` nor `plan`")
+    windows = [layer.window for layer in spec.layers if 0 < (layer.window or 0) < context]
+    if windows:
+        raise RequestError(
+            f"`merge` needs layers that read all of {context} tokens, "
+            f"{len(windows)} of {len(spec.layers)} read the last {min(windows)}",
+            hint="another policy, such as `topk`",
+        )
 
 
 def _head(layout: KvLayout, choice: KvChoice, window: int, span: Span | None) -> tuple[int, ...]:

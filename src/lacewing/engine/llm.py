@@ -94,7 +94,7 @@ class LLM:
     - `isa`: force an instruction set (see `lacewing doctor`).
     - `kv`: how the cache stores keys and values, and which of them are read: "f16", "bf16", "f32",
       "int8" (half the memory and bandwidth of f16, at a small error), "int4", "int8_sp70",
-      "int8+topk:1/16", "plan:FILE" and more; see `lacewing.engine.kv`.
+      "int8+topk:1/16", "plan:FILE", "merge:0.2" and more; see `lacewing.engine.kv`.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `FormatError`, `UnsupportedCpuError`, and
     `RequestError` (options out of range, not enough memory).
@@ -218,7 +218,8 @@ class LLM:
     def score(self, token_ids: List[int]) -> NDArray[np.float32]:
         """Natural log-probability f32 `[n - 1]` of every token but the first, given those before.
 
-        At most as many tokens as the context holds. Memory is bounded (some 64 MiB of logits).
+        At most as many tokens as the context holds. With `merge`, nothing is merged: there is no
+        prompt. Memory is bounded (some 64 MiB of logits).
         Raises `RequestError`.
         """
         with self._lock:
@@ -227,10 +228,10 @@ class LLM:
     def logits(self, token_ids: List[int], start: int = 0) -> Iterator[NDArray[np.float32]]:
         """Logits of what follows each of the tokens `[start, n)`, in chunks f32 `[rows, vocab]`.
 
-        Checked now, computed chunk by chunk; memory is bounded as in `score`. Tokens before `start`
-        that the call before began with too are not computed again; dropping the iterator frees
-        what it holds. Answers under way come first where the cache is too small for both. Raises
-        `RequestError`.
+        Checked now, computed chunk by chunk; memory is bounded as in `score`. The tokens before
+        `start` are the prompt (with `merge`, it is merged; not with `start` 0); those that the call
+        before began with too are not computed again. Dropping the iterator frees what it holds.
+        Answers under way come first where the cache is too small for both. Raises `RequestError`.
         """
         return self._chunks(self.engine.logits(token_ids, start))
 

@@ -54,6 +54,8 @@ class NativeModel(Protocol):
         block_tables: Ints,
         cu_seqlens: Ints,
         logit_rows: Ints,
+        keep: Ints | None = None,
+        merged_tables: Ints | None = None,
     ) -> Floats: ...
 
 
@@ -67,13 +69,16 @@ class Runner:
         max_context: int,
         stores: Sequence[Store],
         step_tokens: int = STEP_TOKENS,
+        merge: float | None = None,
     ) -> None:
-        """step_tokens: rows of one sequence for which the stores have room in one step."""
+        """step_tokens: rows of one sequence for which the stores have room in one step. merge: the
+        share of a complete prompt that stays in the cache; None: all of it."""
         self._model = model
         self.vocab_size = vocab_size
         self.max_context = max_context
         self.stores = tuple(stores)
         self.step_tokens = step_tokens
+        self.merge = merge
 
     @classmethod
     def load(
@@ -98,7 +103,7 @@ class Runner:
             plan.check(spec, fingerprint(tensors))
         context, layout, stores = plan_cache(spec, max_context, kv, plan)
         model = build_model(spec, tensors, context, layout, stores, isa, threads)
-        return cls(model, spec.vocab_size, context, stores)
+        return cls(model, spec.vocab_size, context, stores, merge=layout.merge)
 
     def step(self, chunks: Sequence[Chunk], *, every_row: bool = False) -> Floats:
         """Computes the chunks in one native step; their keys and values go into the cache.
@@ -120,10 +125,11 @@ class Runner:
         return self._model.step(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
-            np.array([chunk.start for chunk in chunks], np.int32),
+            np.array([chunk.cached for chunk in chunks], np.int32),
             _tables(chunks),
             np.array(bounds, np.int32),
             np.array(range(len(tokens)) if every_row else rows, np.int32),
+            *_merges(chunks),
         )
 
 
@@ -138,6 +144,19 @@ def _tables(chunks: Sequence[Chunk]) -> Ints:
         for store, table in enumerate(tables):
             found[store, sequence, : len(table)] = table
     return found
+
+
+def _merges(chunks: Sequence[Chunk]) -> tuple[Ints, ...]:
+    """Tokens that stay of each chunk's sequence, and their block tables int32 `[chunks, widest]`;
+    nothing if no chunk completes a prompt that is to be merged."""
+    keep = np.array([chunk.keep for chunk in chunks], np.int32)
+    if not keep.any():
+        return ()
+    widest = max(len(chunk.sequence.tables.merged) for chunk in chunks)
+    found = np.zeros((len(chunks), widest), np.int32)
+    for row, chunk in zip(found, chunks, strict=True):
+        row[: len(chunk.sequence.tables.merged)] = chunk.sequence.tables.merged
+    return keep, found
 
 
 def find_plan(kv: str, model: Path | None = None) -> KvPlan | None:

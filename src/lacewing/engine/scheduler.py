@@ -8,6 +8,8 @@ piece of a prompt, decoding and recomputing after preemption are all the same th
   budget leaves, oldest first.
 - A sequence is admitted when blocks for all its tokens are free, and takes them at once, so a
   prompt never gets stuck half way. Only decoding asks for more.
+- A prompt that is to be merged ends a chunk that has its last `MERGE_ROWS` rows, whatever the
+  budget, also when it is computed again: so the same is merged however the work is cut.
 - When blocks run out, the sequence admitted last gives its blocks back and waits, first in the
   queue, to be computed again. The oldest one is never preempted and always fits alone, therefore
   every sequence finishes.
@@ -33,6 +35,17 @@ class Chunk:
     count: int
     samples: bool
     """The chunk holds the sequence's last token: its logits choose the next one."""
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the sequence that are in the cache before the step."""
+        return self.start - self.sequence.merged
+
+    @property
+    def keep(self) -> int:
+        """Tokens to which the step merges the sequence's prompt; 0: it does not."""
+        ends = self.start + self.count == self.sequence.prompt_tokens
+        return self.sequence.keep if ends else 0
 
 
 class Scheduler:
@@ -74,13 +87,24 @@ class Scheduler:
             self._admit()
         self._prefill(chunks)
         for chunk in chunks:
-            self.blocks.place(chunk.sequence.tables, chunk.start, chunk.start + chunk.count)
+            self.place(chunk)
         return chunks
+
+    def place(self, chunk: Chunk) -> None:
+        """Gives a chunk's tokens their blocks, of those that its sequence has reserved."""
+        tables, start = chunk.sequence.tables, chunk.cached
+        self.blocks.place(tables, start, start + chunk.count)
+        if chunk.keep:
+            self.blocks.begin_merge(tables, chunk.keep)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The step was computed: its tokens are in the cache."""
         for chunk in chunks:
-            chunk.sequence.computed += chunk.count
+            sequence = chunk.sequence
+            sequence.computed += chunk.count
+            if chunk.keep:
+                sequence.merged = sequence.prompt_tokens - chunk.keep
+                self.blocks.end_merge(sequence.tables, sequence.room(len(sequence.tokens)))
 
     def preempt_all(self) -> None:
         """Takes every block back; all sequences wait to be computed again, in their old order.
@@ -93,7 +117,7 @@ class Scheduler:
                 self.waiting.appendleft(sequence)
         self.running.clear()
         for sequence in self.waiting:
-            sequence.computed = 0
+            sequence.forget()
         self.blocks.reset([sequence.tables for sequence in self.waiting])
 
     def _decode(self) -> tuple[list[Chunk], bool]:
@@ -104,7 +128,7 @@ class Scheduler:
             sequence = self.running[index]
             length = len(sequence.tokens)
             if sequence.computed == length - 1:
-                if not self.blocks.reserve(sequence.tables, length, 1):
+                if not self.blocks.reserve(sequence.tables, sequence.room(length), 1):
                     self._preempt()  # the last one: `sequence` itself, or one not looked at yet
                     preempted = True
                     continue
@@ -115,14 +139,14 @@ class Scheduler:
     def _preempt(self) -> None:
         sequence = self.running.pop()
         self.blocks.release(sequence.tables)
-        sequence.computed = 0
+        sequence.forget()
         sequence.preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            if not self.blocks.reserve(sequence.tables, len(sequence.tokens)):
+            if not self.blocks.reserve(sequence.tables, sequence.room(len(sequence.tokens))):
                 return
             self.running.append(self.waiting.popleft())
 
@@ -135,6 +159,6 @@ class Scheduler:
             if id(sequence) in decoding:
                 continue
             left = len(sequence.tokens) - sequence.computed
-            count = min(left, budget, self.blocks.step_tokens)
+            count = sequence.rows(min(left, budget, self.blocks.step_tokens))
             chunks.append(Chunk(sequence, sequence.computed, count, count == left))
             budget -= count

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from lacewing.engine.blocks import Tables
+from lacewing.engine.blocks import BLOCK_SIZE, Tables, blocks_for
+from lacewing.engine.kv import MERGE_ROWS
 from lacewing.engine.sampling import Sampler, SamplingParams, TokenLogprobs
 from lacewing.engine.stops import Writer
 
@@ -52,8 +53,12 @@ class Sequence:
     max_tokens: int
     """Output tokens at which it ends: the request's limit or what the context leaves."""
     prompt_tokens: int = 0
+    keep: int = 0
+    """Tokens to which the prompt's cache shrinks when it is complete; 0: it stays."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    merged: int = 0
+    """By how many tokens it has shrunk: token t is in the cache at t - merged."""
     tables: Tables = field(default_factory=Tables)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -66,13 +71,18 @@ class Sequence:
 
     @classmethod
     def start(
-        cls, prompt: Ids[int], params: SamplingParams, writer: Writer | None, max_context: int
+        cls,
+        prompt: Ids[int],
+        params: SamplingParams,
+        writer: Writer | None,
+        max_context: int,
+        keep: int = 0,
     ) -> Sequence:
         """A new request; `prompt` is already checked to leave room for an output token."""
         tokens = list(prompt)
         room = min(params.max_tokens, max_context - len(tokens))
         sampler = Sampler(params, tokens)
-        return cls(tokens, params, sampler, writer, room, prompt_tokens=len(tokens))
+        return cls(tokens, params, sampler, writer, room, prompt_tokens=len(tokens), keep=keep)
 
     @property
     def output(self) -> list[int]:
@@ -82,6 +92,26 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def room(self, tokens: int) -> int:
+        """Tokens for which the cache needs blocks while the sequence is computed up to `tokens`:
+        when its prompt is merged, what it was and what stays are both there."""
+        if self.merged or not self.keep:
+            return tokens - self.merged
+        prompt = blocks_for(self.prompt_tokens) * BLOCK_SIZE
+        return max(prompt + self.keep, tokens - (self.prompt_tokens - self.keep))
+
+    def rows(self, most: int) -> int:
+        """Rows of its next chunk, `most` being left or fitting. A prompt that is to be merged ends
+        a chunk, with its last `MERGE_ROWS` rows in it, whether they fit or not."""
+        left = self.prompt_tokens - self.computed
+        if not self.keep or left <= 0 or left - most >= MERGE_ROWS:
+            return most
+        return left if left <= max(most, MERGE_ROWS) else left - MERGE_ROWS
+
+    def forget(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.computed = self.merged = 0
 
     def append(self, token: int) -> None:
         """Takes the next output token and its time."""
