@@ -58,7 +58,8 @@ class Blocks {
       tables[static_cast<size_t>(i)] = static_cast<int32_t>(i % capacity * batch_ + i / capacity);
     for (Memory& head : heads_) {
       Memory larger(static_cast<size_t>(capacity * batch_ * block_bytes_));
-      if (head.size()) std::memcpy(larger.data(), head.data(), std::min(head.size(), larger.size()));
+      if (head.size())
+        std::memcpy(larger.data(), head.data(), std::min(head.size(), larger.size()));
       head = std::move(larger);
     }
     tables_ = std::move(tables);
@@ -155,8 +156,9 @@ class KvCache {
   void append(const Hyper& k, const Hyper& v, const Array<int32_t, 1>& starts, int threads) {
     const nb::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
-    require(shape_text(k) == shape_text(v), "KvCache.append: k and v must have the same shape, got " +
-                                                shape_text(k) + " and " + shape_text(v));
+    require(shape_text(k) == shape_text(v),
+            "KvCache.append: k and v must have the same shape, got " + shape_text(k) + " and " +
+                shape_text(v));
     require(extent(k, 0) == batch() && extent(k, 2) == heads_ && extent(k, 3) == head_dim_ &&
                 extent(k, 1) > 0,
             "KvCache.append: k must be [" + text(batch()) + ", tokens, " + text(heads_) + ", " +
@@ -251,8 +253,7 @@ class KvCache {
     for (int64_t b = 0; b < batch(); ++b) {
       const int64_t start = wanted[static_cast<size_t>(b)];
       const bool moves = start != starts_[static_cast<size_t>(b)];
-      require(start >= (moves ? length_ : 0) && start <= kMaxTokens &&
-                  !(moves && tokens(b)),
+      require(start >= (moves ? length_ : 0) && start <= kMaxTokens && !(moves && tokens(b)),
               "KvCache.append: sequence " + text(b) + " began at " +
                   text(starts_[static_cast<size_t>(b)]) + ", not at " + text(start));
     }
@@ -272,9 +273,8 @@ class KvCache {
       }
     };
     if (count * heads_ <= kFewStores) return rows(0, count);
-    Pool::instance().run(threads, [&](int tid, int total) {
-      rows(count * tid / total, count * (tid + 1) / total);
-    });
+    Pool::instance().run(
+        threads, [&](int tid, int total) { rows(count * tid / total, count * (tid + 1) / total); });
   }
 
   void run(const Hyper& q, float* y, float scale, int64_t window, int threads) {
@@ -297,7 +297,8 @@ class KvCache {
       for (size_t i; (i = static_cast<size_t>(taken.fetch_add(1))) < plan.items.size();) {
         const Item& item = plan.items[i];
         const Tile& tile = plan.tiles[static_cast<size_t>(item.tile)];
-        const int64_t at = (tile.sequence * n + tile.row) * width + item.kv_head * group * head_dim_;
+        const int64_t at =
+            (tile.sequence * n + tile.row) * width + item.kv_head * group * head_dim_;
         AttentionArgs args{};
         args.q = q.data() + at;
         args.q_stride = args.out_stride = width;

@@ -396,8 +396,8 @@ void check_merge(const StepArrays& a, int64_t b, int64_t keep, const KvStore& st
   const int64_t rows = a.cu_seqlens.data()[b + 1] - a.cu_seqlens.data()[b];
   const std::string at = "[" + text(b) + "]";
   require(rows >= kMergeRows, "step: cu_seqlens must give sequence " + text(b) + ", which keep" +
-                                  at + " merges, at least " + text(kMergeRows) +
-                                  " tokens, got " + text(rows));
+                                  at + " merges, at least " + text(kMergeRows) + " tokens, got " +
+                                  text(rows));
   const int64_t tokens = a.cached.data()[b] + rows;
   require(keep > kMergeFirst + kMergeLast && keep <= tokens,
           "step: keep" + at + " must be 0, or in " + text(kMergeFirst + kMergeLast + 1) + ".." +

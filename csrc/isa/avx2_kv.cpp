@@ -1,7 +1,6 @@
 // The Avx2 table of the KV cache. See kv_joint.h.
-#include "simd/avx2.h"
-
 #include "isa/kv_joint.h"
+#include "simd/avx2.h"
 
 namespace lacewing {
 

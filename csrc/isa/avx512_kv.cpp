@@ -1,7 +1,6 @@
 // The Avx512 table of the KV cache. See kv_joint.h.
-#include "simd/avx512.h"
-
 #include "isa/kv_joint.h"
+#include "simd/avx512.h"
 
 namespace lacewing {
 

@@ -1,7 +1,6 @@
 // The Scalar table of the KV cache. See kv_joint.h.
-#include "simd/scalar.h"
-
 #include "isa/kv_joint.h"
+#include "simd/scalar.h"
 
 namespace lacewing {
 
