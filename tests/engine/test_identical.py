@@ -66,12 +66,12 @@ def test_preemption_gives_the_same_bits(alone: list[Any]) -> None:
 def test_merged_prompts_give_the_same_bits(kv: str) -> None:
     """In a batch, in pieces, in steps of several chunks of 512 rows, computed again."""
     prompts = [*PROMPTS[4:], *([t % 250 + n for t in PROMPTS[6]] for n in range(3))]
-    params = [SamplingParams(max_tokens=60, logprobs=3, ignore_eos=True)] * len(prompts)
+    params = [SamplingParams(max_tokens=110, logprobs=3, ignore_eos=True)] * len(prompts)
     alone = [run(tiny_engine(kv=kv, threads=1), [p], params[:1])[0] for p in prompts]
     assert alone[1:] != [run(tiny_engine(), [p], params[:1])[0] for p in prompts[1:]]
     for budget in (7, 50, 900):
         assert run(tiny_engine(kv=kv, token_budget=budget), prompts, params) == alone
-    engine = tiny_engine(kv=kv, kv_blocks=20, max_sequences=6)
+    engine = tiny_engine(kv=kv, kv_blocks=24, max_sequences=6)
     sequences = [ask(engine, p, each) for p, each in zip(prompts, params, strict=True)]
     while len(engine.scheduler):
         engine.step()
