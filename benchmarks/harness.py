@@ -128,6 +128,11 @@ def token_ids(count: int, seed: int) -> list[int]:
     return [rng.randrange(300, 40_000) for _ in range(count)]
 
 
+def without_folders(kv: str) -> str:
+    """`--kv` as records name it: a plan by its file, wherever that lies."""
+    return re.sub(r"([@:])\S*/(?=[^/]+$)", r"\1", kv) if re.search("[@:].*[.]json$", kv) else kv
+
+
 def machine(threads: int) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),

@@ -197,7 +197,7 @@ class Job:
         }
 
     def row(self, kv: str, dense: str | None, names: list[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"kv": kv}
+        row: dict[str, Any] = {"kv": harness.without_folders(kv)}
         if kv in self.errors:
             row["error"] = self.errors[kv]
         found = self.found(kv)

@@ -83,7 +83,7 @@ class Ours(Candidate):
 
     def __init__(self, path: Path, kv: str, args: argparse.Namespace) -> None:
         room = args.context + (args.rounds + 1) * args.steps + 1
-        self.name, self.seconds = f"lacewing {kv}", []
+        self.name, self.seconds = f"lacewing {harness.without_folders(kv)}", []
         self.llm = LLM(path, threads=args.threads, max_context=room, kv=kv)
         self.runner, self.blocks = self.llm.engine.runner, self.llm.engine.scheduler.blocks
         self.runner._model.fill_cache()
