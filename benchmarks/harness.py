@@ -130,7 +130,8 @@ def token_ids(count: int, seed: int) -> list[int]:
 
 def without_folders(kv: str) -> str:
     """`--kv` as records name it: a plan by its file, wherever that lies."""
-    return re.sub(r"([@:])\S*/(?=[^/]+$)", r"\1", kv) if re.search("[@:].*[.]json$", kv) else kv
+    found = re.fullmatch(r"(.*[@:])(.+[.]json)", kv)
+    return found[1] + Path(found[2]).name if found else kv
 
 
 def machine(threads: int) -> dict[str, Any]:
