@@ -1,6 +1,7 @@
 // Activations as linear layers read them: int8 groups with scale and sum, or interleaved floats.
 #pragma once
 
+#include "core/inline.h"
 #include "ops/elementwise.h"
 
 namespace lacewing {
