@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     harness.add_common_arguments(parser)
     args = parser.parse_args()
+    from lacewing import _C
+
     torch = None
     if args.torch_python:
         torch = harness.Worker(args.torch_python, "worker_torch.py")
@@ -46,6 +48,7 @@ def main() -> None:
         for d in args.head_dim
         for tokens in args.decode
         for kv in args.kv
+        if kv not in _C.KV_SEALED_FROM
         for share in args.topk
     ]
     if torch:
