@@ -120,7 +120,7 @@ class Theirs(Candidate):
         self.name, self.seconds = f"llama.cpp {args.llama_kind} {kv}", []
         self.worker = harness.Worker.llama(args.llama_python)
         path = models.gguf(args.model, args.llama_kind, args)
-        self.worker.ask("open", path=str(path), threads=args.threads, n_ctx=room, kv=kv)
+        self.worker.ask("load", path=str(path), threads=args.threads, n_ctx=room, kv=kv)
         harness.progress(f"{self.name}: computing a prompt of {args.context} tokens")
         self.bytes = self.worker.ask("fill", tokens=harness.token_ids(args.context, 0))["bytes"]
         self.decode(args.steps)
