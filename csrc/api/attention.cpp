@@ -10,6 +10,7 @@
 
 #include "api/check.h"
 #include "api/module.h"
+#include "core/draw.h"
 #include "core/memory.h"
 #include "core/pool.h"
 #include "ops/limits.h"
@@ -179,16 +180,12 @@ struct Timed {
 
   // One head of numbers in -1..1; copies for the others.
   void fill(BlockWriter writer) {
-    uint32_t state = 1;
-    const auto next = [&] {
-      state = state * 1664525u + 1013904223u;
-      return static_cast<float>(state >> 8) * 0x1p-23f - 1.0f;
-    };
+    Draw draw;
     std::vector<float> k(static_cast<size_t>(head_dim)), v(k.size());
-    for (float& x : q) x = next();
+    for (float& x : q) x = draw.next();
     for (int64_t t = 0; t < blocks * kBlock; ++t) {
-      for (float& x : k) x = next();
-      for (float& x : v) x = next();
+      for (float& x : k) x = draw.next();
+      for (float& x : v) x = draw.next();
       writer.store(k.data(), v.data(), cache.data() + t / kBlock * block_bytes, t % kBlock);
     }
     for (int64_t i = 1; i < layers * kv_heads; ++i)

@@ -282,7 +282,7 @@ KvLayout read_kv(const nb::dict& kv, const Weights& w) {
                       {at[6], at[7], at[8], at[9]}};
     check_head(layout, head, what);
     const int64_t window = w.layers[static_cast<size_t>(i / w.spec.n_kv_heads)].window;
-    require(window == 0 || !head.lists(true), what + ": a layer with a window reads all of it");
+    require(window == 0 || !head.lists(), what + ": a layer with a window reads all of it");
     labels = labels || head.labels;
     layout.heads.push_back(head);
   }

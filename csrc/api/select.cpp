@@ -11,6 +11,7 @@
 
 #include "api/check.h"
 #include "api/module.h"
+#include "core/draw.h"
 #include "core/memory.h"
 #include "core/pool.h"
 #include "ops/limits.h"
@@ -179,16 +180,12 @@ class Topk {
 
   // One head of numbers in -1..1; copies for the others. Every head has its own queries.
   void fill() {
-    uint32_t state = 1;
-    const auto next = [&] {
-      state = state * 1664525u + 1013904223u;
-      return static_cast<float>(state >> 8) * 0x1p-23f - 1.0f;
-    };
+    Draw draw;
     std::vector<float> k(static_cast<size_t>(head_dim_)), v(k.size());
-    for (float& x : q_) x = next();
+    for (float& x : q_) x = draw.next();
     for (int64_t t = 0; t < tokens_; ++t) {
-      for (float& x : k) x = next();
-      for (float& x : v) x = next();
+      for (float& x : k) x = draw.next();
+      for (float& x : v) x = draw.next();
       kernels_.store(k.data(), v.data(), cache_of(0) + t / kBlock * block_bytes_, t % kBlock,
                      head_dim_);
       table_.store_label(k.data(), channels_.data(), scales_.data(), count_,

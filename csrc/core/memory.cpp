@@ -71,4 +71,11 @@ Memory& Memory::operator=(Memory&& other) noexcept {
   return *this;
 }
 
+size_t checked_product(std::initializer_list<int64_t> factors) {
+  size_t product = 1;
+  for (int64_t f : factors)
+    if (__builtin_mul_overflow(product, static_cast<size_t>(f), &product)) throw std::bad_alloc();
+  return product;
+}
+
 }  // namespace lacewing

@@ -3,11 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace lacewing {
 
 // Asks the kernel to back the whole huge pages inside [p, p + bytes) with huge pages. Best effort.
 void advise_huge_pages(void* p, size_t bytes);
+
+// The product of sizes. Throws std::bad_alloc where it overflows.
+size_t checked_product(std::initializer_list<int64_t> factors);
 
 // `bytes` of zeros, 64-byte aligned (2 MB aligned from 2 MB on, and then lazily committed).
 // Owns the memory; throws std::bad_alloc.

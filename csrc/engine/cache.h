@@ -47,7 +47,7 @@ struct KvHead {
   KvSpan span;
 
   // Whether it reads other than all blocks, or sealed ones.
-  bool lists(bool topk) const { return !span.everything() || sealed || (topk && labels); }
+  bool lists() const { return !span.everything() || sealed || labels; }
 };
 
 struct KvLayout {
@@ -76,7 +76,6 @@ class Cache {
   bool seals() const { return seals_; }
   // Whether tiles of rows must not cross a block: some head does not read all of them.
   bool lists() const { return lists_; }
-  bool topk() const { return layout_.topk > 0; }
   // Numbers without meaning in every block, as after a long text: for benchmarks.
   void fill(const KvTable& table, int64_t head_dim);
   int format(const KvPlace& place) const { return store(place).format; }

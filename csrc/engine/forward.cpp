@@ -310,11 +310,11 @@ class Forward::Worker {
     const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
     const KvHead& head = head_of(layer, item.kv_head);
     const AttentionArgs args = attention_of(layer, w, tile, item.kv_head);
-    if (model_.cache_.topk() && head.labels) {
+    if (head.labels) {
       if (item.first == 0) attend_chosen(layer, head, args, tile, item.kv_head);
       return item.first == 0;
     }
-    if (head.lists(false)) {
+    if (head.lists()) {
       space_.reads.choose(head.span, tile.position / kBlock);
       if (tile.parts == 1) {
         attend_reads(head, args, tile.sequence);

@@ -1,7 +1,6 @@
 #include "engine/model.h"
 
 #include <algorithm>
-#include <new>
 #include <utility>
 
 #include "core/pool.h"
@@ -13,13 +12,6 @@ namespace {
 
 constexpr int64_t kPrivateFloats = 4096;  // normalizing these costs about as much as a barrier
 constexpr int64_t kTileCells = 4096;      // rows x strips of a tile: 256 KB each for gate and up
-
-size_t checked_product(std::initializer_list<int64_t> factors) {
-  size_t product = 1;
-  for (int64_t f : factors)
-    if (__builtin_mul_overflow(product, static_cast<size_t>(f), &product)) throw std::bad_alloc();
-  return product;
-}
 
 Memory floats(std::initializer_list<int64_t> shape) {
   return Memory(checked_product(shape) * sizeof(float));

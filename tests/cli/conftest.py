@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from lacewing.cli.__main__ import main
@@ -61,3 +62,12 @@ def tiny_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = build.config("llama")
     weights = build.random_weights(tiny)
     return build.write_hub(tmp_path_factory.mktemp("cli") / "tiny", tiny, weights)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Nothing to read: letters, the same every time."""
+    letters = np.random.default_rng(0).choice(list("abcdefgh "), 1500)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(letters))
+    return path

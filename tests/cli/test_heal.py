@@ -6,21 +6,12 @@ import inspect
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.cli.conftest import Call
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("yaml", reason="PyYAML is not installed")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    letters = np.random.default_rng(0).choice(list("abcdefgh "), 1500)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(letters))
-    return path
 
 
 @pytest.fixture
