@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 
 from lacewing.checkpoint import PackedModel, load_model
 from lacewing.engine import LLM
-from lacewing.engine.kv import parse_kv
-from lacewing.engine.layout import lay_out
-from lacewing.engine.runner import find_plan
 from lacewing.engine.scorer import LLMScorer
 from lacewing.errors import LacewingError
+from lacewing.kv.choice import parse_kv
+from lacewing.kv.layout import find_plan, lay_out
 from lacewing.quality import Needles, Text, evaluate, read_items, windows
 from lacewing.quality.bootstrap import Interval, Units, as_list, interval
 from lacewing.quality.likelihood import power

@@ -23,6 +23,7 @@ LEVELS = {
             ("formats", "models"),
             ("checkpoint", "_C", "tuning"),
             ("native", "quality"),
+            ("kv",),
             ("compress", "nn", "engine", "linear"),
             ("server",),
             ("__init__",),

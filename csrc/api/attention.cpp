@@ -13,6 +13,7 @@
 #include "core/draw.h"
 #include "core/memory.h"
 #include "core/pool.h"
+#include "engine/cache.h"
 #include "ops/limits.h"
 
 namespace lacewing {
@@ -268,6 +269,13 @@ void register_attention(nb::module_& m) {
   for (const KvInfo& info : kKvInfo)
     if (info.sealed_from >= 0) sealed[info.name] = kKvInfo[info.sealed_from].name;
   m.attr("KV_SEALED_FROM") = sealed;
+  nb::dict sizes;
+  sizes["block"] = kBlock;
+  sizes["label_block"] = kLabelTokens;
+  sizes["recent"] = kRecent;
+  sizes["merge_rows"] = kMergeRows;
+  sizes["merge_least"] = kMergeFirst + kMergeLast + 1;
+  m.attr("KV_SIZES") = sizes;
   m.def("kv_block_bytes", &kv_block_bytes, nb::arg("kv"), nb::arg("head_dim"),
         "Bytes of the keys and values of 16 tokens and one head.");
   m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("block_table"),

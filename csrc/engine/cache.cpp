@@ -35,6 +35,38 @@ Cache::Cache(KvLayout layout, int64_t head_dim) : layout_(std::move(layout)) {
   }
 }
 
+void Cache::grow(const std::vector<int64_t>& blocks) {
+  std::vector<Memory> larger(memory_.size());
+  for (size_t i = 0; i < memory_.size(); ++i)
+    if (blocks[i] > layout_.stores[i].blocks)
+      larger[i] = Memory(checked_product({layout_.stores[i].heads, blocks[i], block_bytes_[i]}));
+  for (size_t i = 0; i < memory_.size(); ++i) {
+    KvStore& store = layout_.stores[i];
+    if (blocks[i] == store.blocks) continue;
+    const auto from = static_cast<size_t>(store.blocks * block_bytes_[i]);
+    const auto to = static_cast<size_t>(blocks[i] * block_bytes_[i]);
+    for (size_t h = 0; h < static_cast<size_t>(store.heads); ++h)
+      std::memcpy(larger[i].data() + h * to, memory_[i].data() + h * from, from);
+    store.blocks = blocks[i];
+    memory_[i] = std::move(larger[i]);
+  }
+}
+
+void Cache::copy(int store, int64_t from, int64_t to) {
+  const auto i = static_cast<size_t>(store);
+  const int64_t bytes = block_bytes_[i], head = layout_.stores[i].blocks * bytes;
+  for (int64_t h = 0; h < layout_.stores[i].heads; ++h) {
+    uint8_t* at = memory_[i].data() + h * head;
+    std::memmove(at + to * bytes, at + from * bytes, static_cast<size_t>(bytes));
+  }
+}
+
+int64_t Cache::bytes() const {
+  size_t all = 0;
+  for (const Memory& each : memory_) all += each.size();
+  return static_cast<int64_t>(all);
+}
+
 void Cache::fill(const KvTable& table, int64_t head_dim) {
   Draw draw;
   for (size_t i = 0; i < layout_.stores.size(); ++i) {

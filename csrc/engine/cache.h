@@ -67,10 +67,54 @@ inline int64_t topk_budget(int64_t blocks, int64_t topk) {
   return share > kTopkLeast ? share : kTopkLeast;
 }
 
+// Rows at a prompt's end whose queries say which of its tokens are important to a merge.
+inline constexpr int64_t kMergeRows = 32;
+
+// A sequence whose prompt ends in some rows and is merged.
+struct Merge {
+  int64_t sequence;
+  int64_t row;           // the first of its last kMergeRows
+  int64_t tokens, keep;  // in the cache, before and after
+};
+
+// How a step's rows belong to sequences, and where the cache has these; the caller has checked
+// every index.
+struct CacheStep {
+  int64_t count, sequences, max_blocks;
+  const int32_t* cached;        // [sequences], tokens in the cache before this step
+  const int32_t* block_tables;  // [stores, sequences, max_blocks]
+  const int32_t* cu_seqlens;    // [sequences + 1]
+  // Sequences whose prompt is complete with this step and is merged to so many tokens (0: not), and
+  // where these go; there is one store then. Null: none is merged.
+  const int32_t* keep;           // [sequences]
+  const int32_t* merged_tables;  // [sequences, max_merged]
+  int64_t max_merged;
+
+  const int32_t* table(int store, int64_t sequence) const {
+    return block_tables + (store * sequences + sequence) * max_blocks;
+  }
+  const int32_t* merged_table(int64_t sequence) const {
+    return merged_tables + sequence * max_merged;
+  }
+  int64_t kept(int64_t sequence) const { return keep ? keep[sequence] : 0; }
+  // Of a sequence that keeps less; rows are counted from row `begin` of the step.
+  Merge merge(int64_t sequence, int64_t begin) const {
+    const int64_t first = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
+    return {sequence, end - kMergeRows - begin, cached[sequence] + end - first, keep[sequence]};
+  }
+};
+
 class Cache {
  public:
   // Throws std::bad_alloc.
   Cache(KvLayout layout, int64_t head_dim);
+
+  // Stores of so many blocks, no fewer than they have. Throws std::bad_alloc, and is then as it
+  // was.
+  void grow(const std::vector<int64_t>& blocks);
+  // Block `from` of a store becomes block `to`, of all its heads.
+  void copy(int store, int64_t from, int64_t to);
+  int64_t bytes() const;
 
   const KvLayout& layout() const { return layout_; }
   bool seals() const { return seals_; }

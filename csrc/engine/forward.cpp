@@ -63,12 +63,16 @@ class Forward::Worker {
         spec_(model_.weights_.spec),
         table_(model_.table_),
         space_(model_.thread_[static_cast<size_t>(tid)]),
+        shape_(spec_.heads()),
+        attend_(model_.cache_, *table_.kv, shape_, f_.input_.cache, space_.attend,
+                space_.kernel.data()),
         tid_(tid),
         n_(n) {}
 
   void chunk(const Chunk& chunk, std::atomic<int64_t>* taken) {
     chunk_ = &chunk;
     m_ = chunk.rows;
+    attend_.begin(chunk.tiles, model_.shared_.partials.as<float>(), f_.done_.get());
     embed();
     for (size_t i = 0; i < model_.weights_.layers.size(); ++i) layer(i, taken[i]);
     for (const LogitRun& run : chunk.logits) logits(run);
@@ -109,8 +113,9 @@ class Forward::Worker {
               {&w.k, qkv() + s.q_size(), ld},
               {&w.v, qkv() + s.q_size() + s.kv_size(), ld}});
     meet();
-    attention(index, w, taken);
-    merge(index);
+    const LayerRows at = rows_of(index, w);
+    attention(w, at, taken);
+    merge(index, at);
     project(w.o, model_.shared_.heads, w.post_attention_norm);
     const float* norm = s.sandwich_norm ? w.pre_feedforward_norm : w.post_attention_norm;
     gate_up(w, normalize(m_, nullptr, norm, {&w.gate, &w.up}));
@@ -234,200 +239,16 @@ class Forward::Worker {
     table_.rope(head, rope.cos + at, rope.sin + at, spec_.head_dim);
   }
 
-  // ---- the cache
-
-  const KvHead& head_of(size_t layer, int64_t kv_head) const {
-    return model_.cache_.layout().heads[head_index(layer, kv_head)];
-  }
-  size_t head_index(size_t layer, int64_t kv_head) const {
-    return layer * static_cast<size_t>(spec_.n_kv_heads) + static_cast<size_t>(kv_head);
-  }
-  const KvKernels& kernels_of(const KvPlace& place) const {
-    return table_.kv->formats[model_.cache_.format(place)];
-  }
-  // The block with a position of a sequence.
-  uint8_t* block_of(const KvPlace& place, const CacheRow& row, int64_t tokens = kBlock) const {
-    const int32_t block = f_.input_.table(place.store, row.sequence)[row.position / tokens];
-    return model_.cache_.blocks(place) + block * model_.cache_.block_bytes(place);
-  }
-
-  // Turns the queries and the key of one KV head's group and stores key and value.
-  void prepare_head(size_t layer, const Layer& w, int64_t row, int64_t kv_head) {
+  // Turns the queries and the key of one KV head's group.
+  void turn_head(const Layer& w, int64_t row, int64_t kv_head) {
     const Spec& s = spec_;
     const int64_t position = f_.input_.positions[chunk_->begin + row];
     const Rope& rope = model_.weights_.ropes[static_cast<size_t>(w.rope)];
-    float* q = qkv() + row * s.qkv_size() + kv_head * s.group_heads() * s.head_dim;
+    const int64_t group = shape_.group_heads;
+    float* q = qkv() + row * s.qkv_size() + kv_head * group * s.head_dim;
     float* k = qkv() + row * s.qkv_size() + s.q_size() + kv_head * s.head_dim;
-    for (int64_t j = 0; j < s.group_heads(); ++j)
-      turn(q + j * s.head_dim, w.q_norm, rope, position);
+    for (int64_t j = 0; j < group; ++j) turn(q + j * s.head_dim, w.q_norm, rope, position);
     turn(k, w.k_norm, rope, position);
-    const KvHead& head = head_of(layer, kv_head);
-    const CacheRow& at = chunk_->cache_rows[static_cast<size_t>(row)];
-    kernels_of(head.growing)
-        .store(k, k + s.kv_size(), block_of(head.growing, at), at.position % kBlock, s.head_dim);
-    if (head.labels) {
-      const KvLayout& layout = model_.cache_.layout();
-      const size_t first = head_index(layer, kv_head) * static_cast<size_t>(layout.channels);
-      table_.kv->store_label(k, layout.label_channels.data() + first,
-                             layout.label_scales.data() + first, layout.channels,
-                             block_of(head.labels, at, kLabelTokens), at.position % kLabelTokens);
-    }
-  }
-
-  // Seals the block that the row has filled.
-  void seal_head(size_t layer, int64_t row, int64_t kv_head) {
-    const KvHead& head = head_of(layer, kv_head);
-    const CacheRow& at = chunk_->cache_rows[static_cast<size_t>(row)];
-    if (head.sealed && at.position % kBlock == kBlock - 1)
-      kernels_of(head.sealed)
-          .seal(block_of(head.growing, at), block_of(head.sealed, at), spec_.head_dim);
-  }
-
-  // ---- what a row attends
-
-  AttentionArgs attention_of(size_t layer, const Layer& w, const Tile& tile, int64_t kv_head) {
-    const Spec& s = spec_;
-    const int64_t column = kv_head * s.group_heads() * s.head_dim;
-    const KvPlace& place = head_of(layer, kv_head).growing;
-    float* out = model_.shared_.attended.as<float>() + tile.row * s.q_size() + column;
-    return {qkv() + tile.row * s.qkv_size() + column,
-            s.qkv_size(),
-            model_.cache_.blocks(place),
-            f_.input_.table(place.store, tile.sequence),
-            s.head_dim,
-            s.group_heads(),
-            tile.rows,
-            tile.position,
-            w.window,
-            s.attention_scale,
-            out,
-            s.q_size(),
-            space_.kernel.data()};
-  }
-
-  // Whether the item's tile and head are complete with it: the last of its parts merges them.
-  bool attend(size_t layer, const Layer& w, const Item& item) {
-    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-    const KvHead& head = head_of(layer, item.kv_head);
-    const AttentionArgs args = attention_of(layer, w, tile, item.kv_head);
-    if (head.labels) {
-      if (item.first == 0) attend_chosen(layer, head, args, tile, item.kv_head);
-      return item.first == 0;
-    }
-    if (head.lists()) {
-      space_.reads.choose(head.span, tile.position / kBlock);
-      if (tile.parts == 1) {
-        attend_reads(head, args, tile.sequence);
-        return true;
-      }
-      return attend_part(head, args, item);
-    }
-    if (tile.parts == 1) {
-      kernels_of(head.growing).attention(args);
-      return true;
-    }
-    float* partials = partials_of(item);
-    kernels_of(head.growing).attend_segments(args, item.first, item.stop, partials);
-    if (!last_part(item)) return false;
-    kernels_of(head.growing).merge_segments(args, partials);
-    return true;
-  }
-
-  float* partials_of(const Item& item) const {
-    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-    return model_.shared_.partials.as<float>() + tile.partials +
-           item.kv_head * tile.segments * partial_floats(spec_.head_dim);
-  }
-
-  bool last_part(const Item& item) {
-    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-    std::atomic<int64_t>& done =
-        f_.done_[static_cast<size_t>(item.tile * spec_.n_kv_heads + item.kv_head)];
-    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.parts) return false;
-    done.store(0, std::memory_order_relaxed);  // for the next layer
-    return true;
-  }
-
-  // The arguments for the sealed and the growing ones of the blocks in space_.reads.
-  struct Listed {
-    AttentionArgs sealed, growing;
-    bool any_sealed;
-  };
-  Listed listed(const KvHead& head, const AttentionArgs& args, int64_t sequence) {
-    Reads& reads = space_.reads;
-    reads.place(head, args.last / kBlock,
-                head.sealed ? f_.input_.table(head.sealed.store, sequence) : nullptr,
-                f_.input_.table(head.growing.store, sequence));
-    Listed found{args, args, !reads.sealed.empty()};
-    found.growing.block_table = reads.growing.data();
-    found.growing.last =
-        (static_cast<int64_t>(reads.growing.size()) - 1) * kBlock + args.last % kBlock;
-    if (found.any_sealed) {
-      found.sealed.cache = model_.cache_.blocks(head.sealed);
-      found.sealed.block_table = reads.sealed.data();
-      found.sealed.last = static_cast<int64_t>(reads.sealed.size()) * kBlock - 1;
-      found.sealed.causal = false;
-    }
-    return found;
-  }
-
-  // Rows of one query block against the blocks in space_.reads.
-  void attend_reads(const KvHead& head, const AttentionArgs& args, int64_t sequence) {
-    Listed to = listed(head, args, sequence);
-    if (to.any_sealed) {
-      const size_t bytes =
-          static_cast<size_t>(whole_partial_floats(args.rows * args.group_heads, args.head_dim)) *
-          sizeof(float);
-      if (space_.partial.size() < bytes) space_.partial = Memory(bytes);
-      to.growing.earlier = space_.partial.as<float>();
-      kernels_of(head.sealed).attend_partial(to.sealed, to.growing.earlier);
-    }
-    kernels_of(head.growing).attention(to.growing);
-  }
-
-  // As `attend_reads`, in parts: of the sealed blocks, if there are any, else of the growing ones.
-  bool attend_part(const KvHead& head, const AttentionArgs& args, const Item& item) {
-    const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-    Listed to = listed(head, args, tile.sequence);
-    const AttentionArgs& main = to.any_sealed ? to.sealed : to.growing;
-    const KvKernels& kernels = kernels_of(to.any_sealed ? head.sealed : head.growing);
-    const int64_t segments = main.last / kSegment + 1;
-    float* partials = partials_of(item);
-    if (item.first < segments)
-      kernels.attend_segments(main, item.first, std::min(item.stop, segments), partials);
-    if (!last_part(item)) return false;
-    if (!to.any_sealed) {
-      kernels.merge_segments(main, partials);
-      return true;
-    }
-    kernels.join_segments(main, partials);
-    to.growing.earlier = partials;
-    kernels_of(head.growing).attention(to.growing);
-    return true;
-  }
-
-  // Every row against the blocks that its labels choose.
-  void attend_chosen(size_t layer, const KvHead& head, AttentionArgs args, const Tile& tile,
-                     int64_t kv_head) {
-    const KvLayout& layout = model_.cache_.layout();
-    const size_t first = head_index(layer, kv_head) * static_cast<size_t>(layout.channels);
-    args.rows = 1;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      std::vector<int32_t>& blocks = space_.reads.blocks;
-      const int64_t count = args.last / kBlock + 1, budget = topk_budget(count, layout.topk);
-      blocks.resize(static_cast<size_t>(std::min(count, budget)));
-      const size_t scratch = select_scratch(args.group_heads, count);
-      if (space_.select.size() < scratch) space_.select = Memory(scratch);
-      table_.kv->select(
-          {args.q, args.head_dim, args.group_heads, args.scale, model_.cache_.blocks(head.labels),
-           f_.input_.table(head.labels.store, tile.sequence), layout.label_channels.data() + first,
-           layout.label_scales.data() + first, layout.channels, args.last, kTopkSinks, kTopkRecent,
-           budget, blocks.data(), space_.select.data()});
-      attend_reads(head, args, tile.sequence);
-      args.q += args.q_stride;
-      args.out += args.out_stride;
-      ++args.last;
-    }
   }
 
   // The columns [begin, end) of attention's output as o_proj wants them.
@@ -438,34 +259,32 @@ class Forward::Worker {
     table_.quantize_row(from, w.o.w.k, dst, row, begin / group, (end + group - 1) / group);
   }
 
-  void attention(size_t layer, const Layer& w, std::atomic<int64_t>& taken) {
+  LayerRows rows_of(size_t layer, const Layer& w) {
     const Spec& s = spec_;
-    const int64_t columns = s.group_heads() * s.head_dim;
+    const float* k = qkv() + s.q_size();
+    return {static_cast<int64_t>(layer) * s.n_kv_heads,
+            w.window,
+            s.attention_scale,
+            qkv(),
+            s.qkv_size(),
+            k,
+            k + s.kv_size(),
+            s.qkv_size(),
+            model_.shared_.attended.as<float>(),
+            s.q_size()};
+  }
+
+  void attention(const Layer& w, const LayerRows& at, std::atomic<int64_t>& taken) {
+    const int64_t columns = shape_.group_heads * shape_.head_dim;
     const int64_t group = slice_columns(w.o.w);
     const bool whole_groups = group && columns % group == 0;
-    if (!chunk_->alone) {
-      const Range mine = share(m_, tid_, n_);
-      for (int64_t r = mine.begin; r < mine.end; ++r)
-        for (int64_t h = 0; h < s.n_kv_heads; ++h) prepare_head(layer, w, r, h);
-      meet();
-      if (model_.cache_.seals()) {
-        for (int64_t r = mine.begin; r < mine.end; ++r)
-          for (int64_t h = 0; h < s.n_kv_heads; ++h) seal_head(layer, r, h);
-        meet();
-      }
-    }
-    const int64_t items = static_cast<int64_t>(chunk_->items.size());
-    for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      const Item& item = chunk_->items[static_cast<size_t>(i)];
-      const Tile& tile = chunk_->tiles[static_cast<size_t>(item.tile)];
-      if (chunk_->alone) {
-        prepare_head(layer, w, tile.row, item.kv_head);
-        seal_head(layer, tile.row, item.kv_head);
-      }
-      const bool complete = attend(layer, w, item);
-      for (int64_t r = 0; complete && whole_groups && r < tile.rows; ++r)
-        quantize_heads(w, tile.row + r, item.kv_head * columns, (item.kv_head + 1) * columns);
-    }
+    attend_.run(
+        at, taken, tid_, n_, [&](int64_t row, int64_t kv_head) { turn_head(w, row, kv_head); },
+        [&](const Tile& tile, int64_t kv_head) {
+          for (int64_t r = 0; whole_groups && r < tile.rows; ++r)
+            quantize_heads(w, tile.row + r, kv_head * columns, (kv_head + 1) * columns);
+        },
+        [&] { meet(); });
     meet();
     if (whole_groups) return;
     quantize_all(w.o, model_.shared_.attended.as<float>(), model_.shared_.heads);
@@ -474,23 +293,11 @@ class Forward::Worker {
   // Merges the prompts that end in the chunk, each KV head by one thread. The others go on: until
   // they have met again, nobody writes queries or blocks, and nobody reads the merged blocks in
   // this step.
-  void merge(size_t layer) {
+  void merge(size_t layer, const LayerRows& at) {
     const int64_t heads = spec_.n_kv_heads;
     const int64_t count = static_cast<int64_t>(chunk_->merges.size()) * heads;
     for (int64_t i = (tid_ + static_cast<int64_t>(layer)) % n_; i < count; i += n_)
-      merge_head(layer, chunk_->merges[static_cast<size_t>(i / heads)], i % heads);
-  }
-
-  void merge_head(size_t layer, const Merge& merge, int64_t kv_head) {
-    const Spec& s = spec_;
-    const KvPlace& place = head_of(layer, kv_head).growing;
-    uint8_t* blocks = model_.cache_.blocks(place);
-    kernels_of(place).merge(
-        {qkv() + merge.row * s.qkv_size() + kv_head * s.group_heads() * s.head_dim, s.qkv_size(),
-         kMergeRows, s.head_dim, s.group_heads(), s.attention_scale, blocks,
-         f_.input_.table(place.store, merge.sequence), merge.tokens, blocks,
-         f_.input_.merged_tables + merge.sequence * f_.input_.max_merged, merge.keep,
-         space_.merge.data()});
+      attend_.merge(at, chunk_->merges[static_cast<size_t>(i / heads)], i % heads);
   }
 
   // ---- head
@@ -509,6 +316,8 @@ class Forward::Worker {
   const Spec& spec_;
   const KernelTable& table_;
   ThreadSpace& space_;
+  const HeadShape shape_;
+  Attend attend_;
   const int tid_, n_;
   const Chunk* chunk_ = nullptr;
   int64_t m_ = 0;
@@ -523,8 +332,8 @@ Forward::Forward(Model& model, const StepInput& input)
                Pool::instance().may_spin(model.threads())) {
   int64_t pairs = 0, floats = 0, merged = 0;
   for (const Chunk& chunk : chunks_) {
-    pairs = std::max(pairs, static_cast<int64_t>(chunk.tiles.size()));
-    floats = std::max(floats, chunk.partial_floats);
+    pairs = std::max(pairs, static_cast<int64_t>(chunk.tiles.tiles.size()));
+    floats = std::max(floats, chunk.tiles.partial_floats);
     for (const Merge& merge : chunk.merges) merged = std::max(merged, merge.tokens);
   }
   done_.reset(

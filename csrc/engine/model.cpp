@@ -87,7 +87,7 @@ void Model::reserve_merge(int64_t tokens) {
   if (tokens == 0) return;
   const size_t bytes = merge_scratch(tokens, weights_.spec.head_dim);
   for (ThreadSpace& space : thread_)
-    if (space.merge.size() < bytes) space.merge = Memory(bytes);
+    if (space.attend.merge.size() < bytes) space.attend.merge = Memory(bytes);
 }
 
 void Model::step(const StepInput& input) {

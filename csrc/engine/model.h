@@ -6,8 +6,9 @@
 
 #include "core/kernels.h"
 #include "core/memory.h"
+#include "engine/attend.h"
 #include "engine/cache.h"
-#include "engine/reads.h"
+#include "engine/tiles.h"
 
 namespace lacewing {
 
@@ -20,7 +21,7 @@ struct Spec {
   int64_t q_size() const { return n_heads * head_dim; }
   int64_t kv_size() const { return n_kv_heads * head_dim; }
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
-  int64_t group_heads() const { return n_heads / n_kv_heads; }
+  HeadShape heads() const { return {n_kv_heads, n_heads / n_kv_heads, head_dim}; }
 };
 
 struct Linear {
@@ -56,29 +57,15 @@ struct Weights {
 
 // Flat arrays of one step (see `_C.pyi`); the caller has checked every index.
 struct StepInput {
-  int64_t count, sequences, max_blocks, logit_count;
-  const int32_t* tokens;        // [count]
-  const int32_t* positions;     // [count]
-  const int32_t* cached;        // [sequences], tokens in the cache before this step
-  const int32_t* block_tables;  // [stores, sequences, max_blocks]
-  const int32_t* cu_seqlens;    // [sequences + 1]
-  const int32_t* logit_rows;    // [logit_count]
-  float* logits;                // [logit_count, vocab_size]
-  // Sequences whose prompt is complete with this step and is merged to so many tokens (0: not), and
-  // where these go; there is one store then. Null: none is merged.
-  const int32_t* keep = nullptr;           // [sequences]
-  const int32_t* merged_tables = nullptr;  // [sequences, max_merged]
-  int64_t max_merged = 0;
-
-  const int32_t* table(int store, int64_t sequence) const {
-    return block_tables + (store * sequences + sequence) * max_blocks;
-  }
-  int64_t kept(int64_t sequence) const { return keep ? keep[sequence] : 0; }
+  CacheStep cache;
+  const int32_t* tokens;     // [count]
+  const int32_t* positions;  // [count]
+  int64_t logit_count;
+  const int32_t* logit_rows;  // [logit_count]
+  float* logits;              // [logit_count, vocab_size]
 };
 
 inline constexpr int64_t kChunk = 512;  // rows computed at once
-// Rows at a prompt's end whose queries say which of its tokens are important to a merge.
-inline constexpr int64_t kMergeRows = 32;
 // What a linear layer may want its input to be: floats padded to 2 or to 64, int8 groups of 32, 64
 // or 128, or int8 rows padded to 64 or to 320.
 inline constexpr int kGrids = 7;
@@ -110,10 +97,7 @@ struct ThreadSpace {
   Memory row;         // one row of hidden_size
   Memory gate, up;    // a tile of the MLP
   RowsMemory hidden;  // normalized rows, if every thread makes its own copy
-  Reads reads;        // the blocks that a head reads
-  Memory partial;     // of attention to sealed blocks, as large as a tile wants it
-  Memory select;      // scratch of choosing blocks
-  Memory merge;       // scratch of merging prompts, as large as a step wants it
+  AttendSpace attend;
 };
 
 // What the threads share.
@@ -123,7 +107,7 @@ struct SharedSpace {
   Memory attended;                  // [kChunk, q_size]
   Memory activated;                 // [kChunk, intermediate_size], if down has one scale per row
   Memory projected;                 // [kChunk, hidden_size], sandwich_norm only
-  Memory partials;                  // of attention, as many as a chunk needs; see engine/plan.h
+  Memory partials;                  // of attention, as many as a chunk needs; see `Tiles`
   RowsMemory hidden, heads, inner;  // inputs of q|k|v|gate|up|head, of o, of down
 };
 

@@ -213,42 +213,52 @@ KV_FORMATS: tuple[str, ...]
 KV_SEALED_FROM: dict[str, str]
 """Of formats whose blocks are made whole: what from."""
 
+KV_SIZES: dict[str, int]
+"""What both sides of the module count with: `block` and `label_block` (tokens), `recent` (blocks that
+sealed formats read as they grew), `merge_rows` and `merge_least` (tokens)."""
+
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
 
 class KvCache:
-    """The keys and values of one layer of a batch of sequences that grow together, for attention
-    inside PyTorch models. `kv` is one of `KV_FORMATS` that stores token by token.
+    """One layer's KV cache, paged, and its attention: for models whose other layers run in PyTorch.
+    `kv`: as of `Model`, of one layer. Several threads may call; they take turns.
 
-    Columns are places in the batch, padding included; sequence b has the columns from `starts[b]`
-    on. Memory grows by doubling and stays. Several threads may call; they take turns.
-    `threads`: 0 takes the pool's default. Raises MemoryError, and is then as it was.
+    Raises MemoryError, and is then as it was.
     """
 
     def __init__(
-        self, kv: str, batch: int, n_kv_heads: int, head_dim: int, isa: str | None = None
+        self, kv: dict[str, Any], n_kv_heads: int, head_dim: int, isa: str | None = None
     ) -> None: ...
-    def append(self, k: _F32, v: _F32, starts: _I32, threads: int = 0) -> None:
-        """Adds columns: k, v `[batch, columns, n_kv_heads, head_dim]`, rotated. A sequence's start
-        may change until it has a token."""
+    def grow(self, blocks: list[int]) -> None:
+        """Stores of so many blocks, no fewer than they have; these keep their numbers."""
 
-    def attend(self, q: _F32, scale: float, window: int = 0, threads: int = 0) -> _F32:
-        """Causal attention of the last columns, q `[batch, columns, n_heads, head_dim]`, over all
-        there are: the shape of q, zeros where there is padding. A token sees itself and the
-        window - 1 tokens before it; window 0: all of them."""
+    def copy(self, store: int, from_: _I32, to: _I32) -> None:
+        """Blocks of a store become copies of others, one after the other."""
 
-    def crop(self, length: int) -> None:
-        """Forgets all columns but the first `length`."""
+    def step(
+        self,
+        q: _F32,
+        k: _F32 | None,
+        v: _F32 | None,
+        scale: float,
+        window: int,
+        cached: _I32,
+        block_tables: _I32,
+        cu_seqlens: _I32,
+        keep: _I32 | None = None,
+        merged_tables: _I32 | None = None,
+        threads: int = 0,
+    ) -> _F32:
+        """Stores keys and values of packed rows, and attends: q `[rows, n_heads, head_dim]`, k and
+        v `[rows, n_kv_heads, head_dim]`, rotated; None: they are stored already. The shape of q.
 
-    def select(self, rows: NDArray[np.int64]) -> None:
-        """The batch becomes copies of the sequences `rows`."""
+        window: a token sees itself and the window - 1 tokens before it; 0: all that the layout
+        says. `cached` and what follows: as of `Model.step`. threads: 0 takes the pool's default.
+        """
 
     @property
-    def length(self) -> int: ...  # columns
-    @property
-    def batch(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...  # of all blocks, free ones too
+    def bytes(self) -> int: ...  # of all blocks
 
 # ---- the decoder
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.engine.blocks import BLOCK_SIZE, Store
 from lacewing.engine.engine import Engine
-from lacewing.engine.kv import MERGE_ROWS
 from lacewing.engine.llm import LLM
 from lacewing.engine.runner import Runner
 from lacewing.engine.sampling import SamplingParams
 from lacewing.engine.sequence import Sequence
+from lacewing.kv.blocks import BLOCK_SIZE, Store
+from lacewing.kv.choice import MERGE_ROWS
 
 VOCAB = 256  # one token per byte
 EOS = 0

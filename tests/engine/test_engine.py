@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lacewing import SamplingParams
 from lacewing.engine.engine import Engine
-from lacewing.engine.kv import kept_tokens
 from lacewing.engine.sampling import log_total
 from lacewing.engine.sequence import Sequence
 from lacewing.errors import LacewingError, RequestError
+from lacewing.kv.choice import kept_tokens
 from tests.engine.fakes import (
     EOS,
     FakeModel,

@@ -26,12 +26,12 @@ import pytest
 
 from lacewing import _C, LLM, SamplingParams, formats
 from lacewing.checkpoint import PackedModel, load_model
-from lacewing.engine.blocks import Store
-from lacewing.engine.kv import parse_kv
-from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import build_model
 from lacewing.engine.text import Text
 from lacewing.formats import FORMATS, PackedTensor
+from lacewing.kv.blocks import Store
+from lacewing.kv.choice import parse_kv
+from lacewing.kv.layout import lay_out
 from lacewing.models import DecoderSpec, get_spec
 from lacewing.native import tensor
 from tests.isas import exact_isa, promises_same_bits

@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lacewing.engine.blocks import Store
-from lacewing.engine.kv import block_bytes, parse_kv
-from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import (
     Runner,
     available_memory,
@@ -23,6 +20,9 @@ from lacewing.engine.sampling import SamplingParams
 from lacewing.engine.scheduler import Chunk
 from lacewing.engine.sequence import Sequence
 from lacewing.errors import RequestError
+from lacewing.kv.blocks import Store
+from lacewing.kv.choice import block_bytes, parse_kv
+from lacewing.kv.layout import lay_out
 from lacewing.models import get_spec
 
 CONFIG = {

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lacewing.engine.blocks import BLOCK_SIZE, BlockManager, Store, blocks_for
 from lacewing.engine.sampling import SamplingParams
 from lacewing.engine.scheduler import Chunk, Scheduler
 from lacewing.engine.sequence import Sequence
+from lacewing.kv.blocks import BLOCK_SIZE, BlockManager, Store, blocks_for
 
 requests = st.lists(
     st.tuples(st.integers(1, 90), st.integers(1, 60), st.integers(0, 12)), min_size=1, max_size=12

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from lacewing import formats
-from lacewing.engine.blocks import Store
 from lacewing.engine.engine import Engine
-from lacewing.engine.kv import parse_kv
-from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import Runner, build_model
+from lacewing.kv.blocks import Store
+from lacewing.kv.choice import parse_kv
+from lacewing.kv.layout import lay_out
 from lacewing.models import DecoderSpec, get_spec
 from tests.engine.fakes import EOS, VOCAB, ByteDecoder
 

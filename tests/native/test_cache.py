@@ -1,5 +1,7 @@
-"""The KV cache of PyTorch models: each sequence is what `attention` computes of it alone, to the
-bit, however its tokens were cut into steps and whatever stands beside it."""
+"""The native half of a PyTorch layer's cache: its blocks, and no argument that leaves its memory.
+
+What it computes: tests/nn/test_paged.py.
+"""
 
 from __future__ import annotations
 
@@ -12,178 +14,130 @@ from lacewing import _C
 
 Array = np.ndarray[Any, Any]
 
-ISAS = [isa["name"] for isa in _C.isas() if isa["usable"]]
-KV_HEADS, HEADS, D = 2, 6, 20  # 20: no multiple of 16
-TOKENS = 70  # the blocks of a sequence double twice
-
-every_kv = pytest.mark.parametrize("kv", ["f16", "bf16", "f32", "int8"])
+KV_HEADS, HEADS, D = 2, 4, 20
+WHOLE = (-1, 0, -1, 0, 0, 0, 0, 0)  # neither sealed nor labels, and everything is read
 
 
-def normal(*shape: int, seed: int) -> Array:
-    rng = np.random.default_rng([seed, *shape])
-    return rng.standard_normal(shape).astype(np.float32)
+def layout(blocks: int = 4, **changes: Any) -> dict[str, Any]:
+    heads = np.array([(0, h, *WHOLE) for h in range(KV_HEADS)], np.int32)
+    return {"stores": [("f16", blocks, KV_HEADS)], "heads": heads, "topk": 0, **changes}
 
 
-def batch(count: int, tokens: int = TOKENS) -> tuple[Array, Array, Array]:
-    """q, k, v `[count, tokens, heads, D]`."""
-    return (
-        normal(count, tokens, HEADS, D, seed=1),
-        normal(count, tokens, KV_HEADS, D, seed=2),
-        normal(count, tokens, KV_HEADS, D, seed=3),
-    )
+def numbers(tokens: int) -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(1)
+    shapes = [(100, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (rng.standard_normal(shape).astype(np.float32)[:tokens] for shape in shapes)
+    return q, k, v
 
 
-def alone(q: Array, k: Array, v: Array, kv: str, isa: str | None = None, window: int = 0) -> Array:
-    """Attention of one sequence, `[tokens, heads, D]`."""
-    table = np.arange(-(-len(k) // 16), dtype=np.int32)
-    return _C.attention(q, k, v, table, D**-0.5, window, isa, kv)
+def ints(*values: int) -> Array:
+    return np.array(values, np.int32)
 
 
-def cache(kv: str = "f16", count: int = 1, isa: str | None = None) -> Any:
-    return _C.KvCache(kv, count, KV_HEADS, D, isa)
+def arguments(tokens: int, cached: int, *blocks: int) -> dict[str, Any]:
+    q, k, v = numbers(cached + tokens)
+    return {
+        "q": q[cached:], "k": k[cached:], "v": v[cached:], "scale": 0.2, "window": 0,
+        "cached": ints(cached), "block_tables": ints(*blocks).reshape(1, 1, -1),
+        "cu_seqlens": ints(0, tokens),
+    }  # fmt: skip
 
 
-def at(*starts: int) -> Array:
-    return np.array(starts, np.int32)
+def test_blocks_stay_when_it_grows_and_are_copied() -> None:
+    made = _C.KvCache(layout(2), KV_HEADS, D)
+    assert made.bytes == 2 * KV_HEADS * _C.kv_block_bytes("f16", D)
+    made.step(**arguments(20, 0, 1, 0))
+    made.grow([5])
+    assert made.bytes == 5 * KV_HEADS * _C.kv_block_bytes("f16", D)
+    expected = made.step(**arguments(1, 20, 1, 0))
+    made.copy(0, ints(1, 0), ints(3, 4))
+    made.copy(0, ints(2, 2), ints(1, 0))  # what nobody wrote
+    assert (made.step(**arguments(1, 20, 3, 4)) == expected).all()
+    q, k, v = numbers(21)
+    table = ints(0, 1)
+    assert (expected == _C.attention(q, k, v, table, 0.2, 0, None, "f16")[-1:]).all()
 
 
-def step(
-    made: Any, q: Array, k: Array, v: Array, starts: Array, window: int = 0, threads: int = 1
-) -> Array:
-    made.append(*map(np.ascontiguousarray, (k, v)), starts, threads)
-    return made.attend(np.ascontiguousarray(q), D**-0.5, window, threads)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("window", [0, 9])
-@every_kv
-def test_a_batch_is_its_sequences(kv: str, window: int, isa: str) -> None:
-    q, k, v = batch(3)
-    starts = at(0, 21, 3)
-    found = step(cache(kv, 3, isa), q, k, v, starts, window)
-    for b, start in enumerate(starts):
-        expected = alone(q[b, start:], k[b, start:], v[b, start:], kv, isa, window)
-        assert np.array_equal(found[b, start:], expected)
-        assert not found[b, :start].any()
-
-
-@pytest.mark.parametrize("cuts", [(1,) * TOKENS, (20, 1, 49), (69, 1), (16, 16, 38)])
-@every_kv
-def test_steps_are_the_prompt_at_once(kv: str, cuts: tuple[int, ...]) -> None:
-    q, k, v = batch(2)
-    starts = at(5, 0)
-    whole = step(cache(kv, 2), q, k, v, starts)
-    made, done = cache(kv, 2), 0
-    for count in cuts:
-        span = slice(done, done + count)
-        found = step(made, q[:, span], k[:, span], v[:, span], starts)
-        assert np.array_equal(found, whole[:, span])
-        done += count
-        assert made.length == done
-
-
-@pytest.mark.parametrize("tokens", [1100, 1500])
-def test_threads_cut_long_contexts_into_segments(tokens: int) -> None:
-    q, k, v = batch(1, tokens)
-    expected = alone(q[0, -2:], k[0], v[0], "int8")
-    for threads in (1, 2, 3):
-        made = cache("int8")
-        made.append(k, v, at(0), threads)
-        found = made.attend(np.ascontiguousarray(q[:, -2:]), D**-0.5, 0, threads)
-        assert np.array_equal(found[0], expected)
-
-
-def test_cropped_is_never_appended() -> None:
-    q, k, v = batch(2)
-    starts = at(0, 2)
-    expected = step(cache(count=2), q[:, :40], k[:, :40], v[:, :40], starts)
-    made = cache(count=2)
-    step(made, q[:, :30], k[:, :30], v[:, :30], starts)
-    step(made, q[:, 50:], k[:, 50:], v[:, 50:], starts)
-    made.crop(30)
-    found = step(made, q[:, 30:40], k[:, 30:40], v[:, 30:40], starts)
-    assert np.array_equal(found, expected[:, 30:])
-
-
-@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2], [0, 0, 1, 1, 2, 2], [1]])
-def test_sequences_are_reordered_copied_and_left_out(rows: list[int]) -> None:
-    q, k, v = batch(3)
-    starts = at(0, 17, 4)
-    expected = step(cache(count=3), q, k, v, starts)[rows, 40:]
-    made = cache(count=3)
-    step(made, q[:, :40], k[:, :40], v[:, :40], starts)
-    made.select(np.array(rows))
-    assert made.batch == len(rows)
-    found = step(made, q[rows, 40:], k[rows, 40:], v[rows, 40:], starts[rows])
-    assert np.array_equal(found, expected)
-
-
-def test_a_sequence_of_padding_alone_begins_later() -> None:
-    q, k, v = batch(2)
-    made = cache(count=2)
-    first = step(made, q[:, :10], k[:, :10], v[:, :10], at(0, 10))
-    assert not first[1].any()
-    found = step(made, q[:, 10:], k[:, 10:], v[:, 10:], at(0, 30))
-    assert np.array_equal(found[1, 20:], alone(q[1, 30:], k[1, 30:], v[1, 30:], "f16"))
-    assert not found[1, :20].any()
-
-
-def test_memory_grows_by_doubling() -> None:
-    _, k, v = batch(1)
-    made = cache()
-    assert made.bytes == 0
-    sizes = []
-    for i in range(TOKENS):
-        made.append(k[:, i : i + 1].copy(), v[:, i : i + 1].copy(), at(0))
-        sizes.append(made.bytes // (KV_HEADS * _C.kv_block_bytes("f16", D)))
-    assert sorted(set(sizes)) == [4, 8]
-    assert sizes[63:65] == [4, 8]
-
-
-def test_wrong_arguments() -> None:
-    q, k, v = batch(2, 4)
-    made = cache(count=2)
-    for arguments, message in (
-        (
-            (k[:1].copy(), v[:1].copy(), at(0)),
-            r"k must be \[2, tokens, 2, 20\], got \[1, 4, 2, 20\]",
-        ),
-        ((k, v[:, :3].copy(), at(0, 0)), "k and v must have the same shape"),
-        ((k, v, at(0)), r"starts must be \[2\], got \[1\]"),
-        ((k, v, at(0, -1)), "sequence 1 began at 0, not at -1"),
-        ((k, v, at(0, 0), -1), "threads must be in"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            made.append(*arguments)
-    assert made.length == 0
-    with pytest.raises(ValueError, match=r"q must be \[2, at most 0, a multiple of 2, 20\]"):
-        made.attend(q, 1.0)
-    made.append(k, v, at(0, 2))
-    for starts in (at(1, 2), at(0, 1), at(0, 3)):
-        with pytest.raises(ValueError, match=r"sequence \d began at"):
-            made.append(k, v, starts)
-    for wrong in (q[:, :, :5].copy(), q[:, :, :, :8].copy(), normal(2, 5, HEADS, D, seed=0)):
-        with pytest.raises(ValueError, match="q must be"):
-            made.attend(wrong, 1.0)
-    with pytest.raises(ValueError, match="window must be in"):
-        made.attend(q, 1.0, -1)
-    with pytest.raises(ValueError, match=r"length must be in 0\.\.4, got 5"):
-        made.crop(5)
-    for rows, message in (([2], "sequence must be in .*, got 2"), ([], "at least one sequence")):
-        with pytest.raises(ValueError, match=message):
-            made.select(np.array(rows, np.int64))
+def test_keys_that_are_there_already() -> None:
+    made = _C.KvCache(layout(2), KV_HEADS, D)
+    given = arguments(20, 0, 1, 0)
+    expected = made.step(**given)
+    assert (made.step(**{**given, "k": None, "v": None}) == expected).all()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("change", "message"),
     [
-        (("int7", 1, 1, 16), "kv must be one of"),
-        (("int4", 1, 1, 16), "kv must store token by token, got `int4`"),
-        (("f16", 0, 1, 16), "batch must be in"),
-        (("f16", 1, 0, 16), "n_kv_heads must be in"),
-        (("f16", 1, 1, 1024), "head_dim must be in"),
+        ({"q": np.zeros((3, 3, D), np.float32)}, r"q must be \[rows, a multiple of 2, 20\]"),
+        ({"q": np.zeros((3, 4, 8), np.float32)}, r"q must be .*, got \[3, 4, 8\]"),
+        ({"k": np.zeros((2, 2, D), np.float32)}, r"k and v must be \[3, 2, 20\], got \[2, 2, 20\]"),
+        ({"v": np.zeros((3, 1, D), np.float32)}, r"k and v must be \[3, 2, 20\], got \[3, 1, 20\]"),
+        ({"v": None}, "k and v go together"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"scale": float("nan")}, "scale must be positive"),
+        ({"window": -1}, "window must be in"),
+        ({"threads": -1}, "threads must be in"),
+        ({"cached": ints(-1)}, r"cached\[0\] must be in"),
+        ({"cached": ints(40)}, "block_tables must have at least 3 columns for 43 tokens"),
+        ({"cached": ints(0, 0)}, "cached must have one value per sequence"),
+        ({"cu_seqlens": ints(0, 2)}, r"must end at the number of tokens \(3\), got 2"),
+        ({"cu_seqlens": ints(1, 3)}, "must start at 0"),
+        ({"block_tables": ints(0, 4).reshape(1, 1, 2), "cached": ints(14)},
+         r"block_tables\[0, 0, 1\] must be in 0\.\.3, got 4"),
+        ({"block_tables": ints(0, 0).reshape(2, 1, 1)}, r"must be \[1, sequences, blocks\]"),
+        ({"keep": ints(0)}, "keep and merged_tables go together"),
+        ({"keep": ints(40), "merged_tables": ints(1).reshape(1, 1)}, "at least 32 tokens, got 3"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    made = _C.KvCache(layout(), KV_HEADS, D)
+    with pytest.raises(ValueError, match=message):
+        made.step(**{**arguments(3, 0, 0, 1), **change})
+
+
+def test_wrong_blocks() -> None:
+    made = _C.KvCache(layout(), KV_HEADS, D)
+    for blocks, message in (
+        ([3], r"blocks\[0\] must be in 4\.\."),
+        ([4, 4], "one number per store"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.grow(blocks)
+    for store, source, target, message in (
+        (1, ints(0), ints(1), "store must be in"),
+        (0, ints(4), ints(1), "block must be in"),
+        (0, ints(0), ints(-1), "block must be in"),
+        (0, ints(0), ints(1, 2), "same length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.copy(store, source, target)
+
+
+def test_no_memory_changes_nothing() -> None:
+    made = _C.KvCache(layout(2), KV_HEADS, D)
+    expected = made.step(**arguments(20, 0, 1, 0))
+    with pytest.raises(MemoryError):
+        made.grow([(1 << 27) - 1])
+    again = made.step(**{**arguments(20, 0, 1, 0), "k": None, "v": None})
+    assert (again == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("kv", "heads", "head_dim", "message"),
+    [
+        (layout(stores=[("int7", 4, 2)]), 2, D, "must be one of"),
+        (layout(stores=[("int4", 4, 2)]), 2, D, "the first store must be of a format that grows"),
+        (layout(stores=[("f16", 4, 1)]), 2, D, "index must be in"),
+        (layout(stores=[]), 2, D, "must not be empty"),
+        (layout(topk=8), 2, D, "`kv.topk` and labels go together"),
+        (layout(), 3, D, r"must be an i32 array \[3, 10\]"),
+        (layout(), 0, D, "n_kv_heads must be in"),
+        (layout(), 2, 1024, "head_dim must be in"),
+        ({}, 2, D, "KvCache: kv needs `stores`"),
     ],
 )
-def test_a_cache_that_cannot_be(arguments: tuple[Any, ...], message: str) -> None:
+def test_a_cache_that_cannot_be(
+    kv: dict[str, Any], heads: int, head_dim: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        _C.KvCache(*arguments)
+        _C.KvCache(kv, heads, head_dim)

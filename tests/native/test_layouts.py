@@ -12,12 +12,12 @@ import pytest
 
 from lacewing import _C
 from lacewing.checkpoint.kvplan import KvPlan, Labels, Span
-from lacewing.engine.blocks import BlockManager, Tables, blocks_for
-from lacewing.engine.kv import KvChoice, kept_tokens, kv_formats, parse_kv
-from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import build_model
 from lacewing.errors import RequestError
 from lacewing.formats import pack
+from lacewing.kv.blocks import BlockManager, Tables, blocks_for
+from lacewing.kv.choice import KvChoice, kept_tokens, kv_formats, parse_kv
+from lacewing.kv.layout import lay_out
 from lacewing.models import DecoderSpec
 from tests.isas import USABLE, exact_isa
 from tests.native.test_merge import anchors, buckets, importance
@@ -436,7 +436,7 @@ def test_what_cannot_be_merged() -> None:
     for choice in (KvChoice("f16", topk=8, merge=0.2), KvChoice("f16", spans=True, merge=0.2)):
         with pytest.raises(RequestError, match="goes together with neither `topk` nor `plan`"):
             lay_out(spec, choice, plan_of(spec), CONTEXT)
-    with pytest.raises(RequestError, match="read all of 1024 tokens, 6 of 7 read the last 7"):
+    with pytest.raises(RequestError, match="read everything, 6 of 7 read the last 7 tokens"):
         lay_out(tiny_spec("gemma3"), parse_kv("merge:0.2"), None, CONTEXT)
     assert lay_out(tiny_spec("gemma3"), parse_kv("merge:0.2"), None, 7).merge == 0.2
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lacewing import _C, formats
-from lacewing.engine.blocks import Store
-from lacewing.engine.kv import parse_kv
-from lacewing.engine.layout import lay_out
 from lacewing.engine.runner import build_model, native_spec
 from lacewing.formats import FORMATS
+from lacewing.kv.blocks import Store
+from lacewing.kv.choice import parse_kv
+from lacewing.kv.layout import lay_out
 from lacewing.models import DecoderSpec
 from lacewing.native import tensor
 from tests.isas import USABLE, exact_isa, promises_same_bits

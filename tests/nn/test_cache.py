@@ -5,13 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny_transformers import VOCABULARY, prompt, tiny, torch, transformers
 
-from lacewing.errors import LacewingError, RequestError
+from lacewing.checkpoint import open_source
+from lacewing.checkpoint.kvplan import KvPlan, Labels, Span
+from lacewing.engine.engine import Engine
+from lacewing.engine.runner import Runner
+from lacewing.errors import CheckpointError, LacewingError, RequestError
+from lacewing.formats import pack
+from lacewing.kv.layout import find_plan
+from tests.engine.fakes import ByteDecoder
 
 try:
     from lacewing.nn.cache import LacewingCache, attend, describe_mask
@@ -55,6 +63,56 @@ def root_mean_square(x: Any) -> float:
 
 
 # -- What comes out -------------------------------------------------------------------------------
+
+
+KVS = ("f16", "int8", "int4", "int8_sp50", "int4+topk:1/8", "int8+plan", "f16+merge:0.5")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama on disk whose weights bf16 holds, with spans beside it."""
+    place = tmp_path_factory.mktemp("model")
+    model = tiny("llama", max_position_embeddings=1024).to(torch.bfloat16)
+    model.save_pretrained(place)
+    spans().save(place / "kvplan.json")
+    return place
+
+
+def spans() -> KvPlan:
+    """Of two layers and two heads of 16, and labels of 8 channels."""
+    kinds = [[Span(16, 48), Span()], [Span(0, 32, 3, 1), Span(32, 32)]]
+    channels = np.argsort(np.random.default_rng(3).random((2, 2, 16)), axis=-1)[..., :8]
+    labels = Labels(channels.astype(np.int32), np.full(channels.shape, 0.05, np.float32))
+    model = {"type": "llama", "layers": 2, "kv_heads": 2, "head_dim": 16}
+    return KvPlan(model, labels, kinds)
+
+
+@pytest.mark.parametrize("kv", KVS)
+def test_the_engine_computes_the_same(saved: Path, kv: str) -> None:
+    """With every way of storing and reading: the difference is a small part of what `kv` changes,
+    which is what rounding otherwise adds up differently before it."""
+    kv = kv.replace("plan", f"plan:{saved / 'kvplan.json'}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        saved, dtype=torch.float32, attn_implementation="lacewing"
+    )
+    ids = prompt(1, 620 if "topk" in kv else 200, seed=5)[0].tolist()
+    behind = 20
+
+    def theirs(kv: str) -> Any:
+        made = LacewingCache(model.config, kv)
+        logits(model, torch.tensor([ids[:-behind]]), made)
+        steps = [logits(model, torch.tensor([[t]]), made)[0, -1] for t in ids[-behind:]]
+        return torch.stack(steps).double()
+
+    source = open_source(saved)
+    arrays = {name: tensor.dequantize() for name, tensor in source.tensors.items()}
+    tensors = {name: pack(a, "bf16") if a.ndim == 2 else a for name, a in arrays.items()}
+    runner = Runner.load(source.spec, tensors, 1024, 1, None, kv, find_plan(kv, saved))
+    chunks = Engine(runner, ByteDecoder, ()).logits(ids, len(ids) - behind)
+    engine = np.concatenate(list(chunks))
+    found, plain = theirs(kv), theirs("f32")
+    effect = root_mean_square(found - plain)
+    assert root_mean_square(found - torch.from_numpy(engine).double()) < 0.25 * effect
 
 
 @every_model
@@ -329,10 +387,41 @@ def test_no_gradient() -> None:
         model(input_ids=prompt(), past_key_values=LacewingCache(model.config))
 
 
-@pytest.mark.parametrize("kv", ["int7", "topk:1/16", "int8_sp70", "int4", ""])
-def test_a_codec_that_is_not_there(kv: str) -> None:
-    with pytest.raises(RequestError, match="KvCache: kv must"):
+@pytest.mark.parametrize("kv", ["int7", "int8+", "topk:2", "merge:1.5", ""])
+def test_a_kv_that_is_not_there(kv: str) -> None:
+    with pytest.raises(RequestError, match=r"`(kv|topk|merge)` (must|needs|takes)"):
         LacewingCache(model_of("llama").config, kv)
+
+
+def test_labels_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"`topk` needs the labels .* no kvplan.json in"):
+        LacewingCache(model_of("llama").config, "topk:1/16")
+    with pytest.raises(CheckpointError, match=r"nothing\.json"):
+        LacewingCache(model_of("llama").config, f"topk:1/16@{tmp_path / 'nothing.json'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 3}, "a plan of another: 3"),
+        ({"type": "qwen2"}, "a plan of another: qwen2"),
+        ({"fingerprint": "0" * 16}, "`model.fingerprint`: needs .* as this model has"),
+    ],
+)
+def test_a_plan_of_another_model(
+    saved: Path, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    KvPlan({**spans().model, **change}).save(file)
+    config = transformers.AutoConfig.from_pretrained(saved)
+    with pytest.raises(CheckpointError, match=message):
+        LacewingCache(config, f"plan:{file}")
+    config._name_or_path = ""  # a model whose files are elsewhere: only its weights are not checked
+    if "fingerprint" not in change:
+        model = tiny("llama")
+        model.set_attn_implementation("lacewing")
+        with pytest.raises(CheckpointError, match="a plan of another"):
+            logits(model, prompt(), LacewingCache(config, f"plan:{file}"))
 
 
 def test_layers_that_are_not_there() -> None:
@@ -355,7 +444,7 @@ def test_another_batch() -> None:
     model = model_of("llama")
     made = LacewingCache(model.config)
     logits(model, prompt(2), made)
-    with pytest.raises(RequestError, match="takes no mask of other kinds"):
+    with pytest.raises(RequestError, match=r"keys must be \[2, 2, tokens, 16\] as before"):
         logits(model, prompt(3), made)
 
 

@@ -46,7 +46,7 @@ from lacewing.checkpoint.tensors import SourceTensor
 from lacewing.errors import CheckpointError
 from lacewing.formats import PackedTensor
 from lacewing.formats.bf16 import f32_to_bf16
-from lacewing.models import DecoderSpec
+from lacewing.models import AttentionShape
 
 __all__ = [
     "BLOCK",
@@ -158,7 +158,7 @@ class KvPlan:
 
     # -- of a model -------------------------------------------------------------------------------
 
-    def check(self, spec: DecoderSpec, fingerprint: str | None = None) -> None:
+    def check(self, spec: AttentionShape, fingerprint: str | None = None) -> None:
         """Raises CheckpointError unless the plan is of this model: its shape and, where both are
         known, the `fingerprint` of its weights."""
         asked = {
@@ -182,12 +182,25 @@ class KvPlan:
             wanted = f"channels below {spec.head_dim}, the model's head size"
             fail("`labels.channels`", wanted, self.labels.channels.max(), _OTHER)
         for index, spans in enumerate(self.spans or []):
-            window = spec.layers[index].window
+            window = spec.windows[index]
             if window and any(span != EVERYTHING for span in spans):
                 wanted = f"null: the layer has a window of its own, {window} tokens"
                 fail(f"`spans[{index}]`", wanted, ", ".join(map(str, spans)))
 
-    def bytes_share(self, context: int, spec: DecoderSpec | None = None) -> float:
+    def layer(self, index: int, layers: int) -> KvPlan:
+        """The plan of one layer alone, of a model of `layers`. Raises CheckpointError if the plan
+        is of one with more or fewer."""
+        shapes = [shape for shape in (self._span_shape(), self._label_shape()) if shape]
+        for found in (self.model.get("layers", layers), *(shape[0] for shape in shapes)):
+            if found != layers:
+                actual = f"a plan of another: {found}"
+                fail("`model.layers`", f"{layers}, as this model has", actual, _OTHER)
+        one = slice(index, index + 1)
+        labels = self.labels and Labels(self.labels.channels[one], self.labels.scales[one])
+        spans = self.spans and self.spans[one]
+        return KvPlan({**self.model, "layers": 1}, labels, spans)
+
+    def bytes_share(self, context: int, spec: AttentionShape | None = None) -> float:
         """The share of the dense cache of `context` tokens that the spans keep, 0 to 1. spec: leave
         out layers that have a window of their own, whose cache is no longer than that anyway."""
         if self.spans is None:
@@ -196,7 +209,7 @@ class KvPlan:
         counts = [
             kept_blocks(span, blocks)
             for index, layer in enumerate(self.spans)
-            if spec is None or spec.layers[index].window == 0
+            if spec is None or spec.windows[index] == 0
             for span in layer
         ]
         return sum(counts) / (len(counts) * blocks) if counts else 1.0

@@ -107,7 +107,7 @@ def evaluate(
     line. A needle is found where each token of the right number is the most likely one; lp is the
     mean log-probability of a right number. Intervals hold 95 % of 1000 resampled figures.
     """
-    from lacewing.engine.kv import DEFAULT_KV
+    from lacewing.kv.choice import DEFAULT_KV
     from lacewing.quality import Against, Needles, Text, read_items
 
     text = None if perplexity is None else Text.read(perplexity, window, max_tokens)

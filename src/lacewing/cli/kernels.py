@@ -157,7 +157,7 @@ def _copy_of(packed: formats.PackedTensor) -> formats.PackedTensor:
 
 def check_memory(plan: Plan, rivals: int) -> None:
     """Raises RequestError where the largest shape would not fit into memory."""
-    from lacewing.engine.runner import available_memory
+    from lacewing.kv.memory import available_memory
 
     free = available_memory()
     if free is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lacewing.engine.runner import available_memory
+from lacewing.kv.memory import available_memory
 from lacewing.native import compiled
 
 COLD = 4  # times the last-level cache: reading in turn then finds nothing of it there

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lacewing.checkpoint import AUTO, PackedModel, Report, load_model
 from lacewing.cli import screen
 from lacewing.engine import LLM, default_model
-from lacewing.engine.runner import find_plan
 from lacewing.formats import PackedTensor
+from lacewing.kv.layout import find_plan
 from lacewing.native import check_isa, check_threads, compiled
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from operator import index
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.engine.blocks import BLOCK_SIZE, BlockManager
-from lacewing.engine.kv import MERGE_ROWS, kept_tokens
 from lacewing.engine.runner import Runner
 from lacewing.engine.sampling import Sampler, SamplingParams, log_total
 from lacewing.engine.scheduler import Chunk, Scheduler
 from lacewing.engine.sequence import FinishReason, Sequence
 from lacewing.engine.stops import Decoder, Writer
 from lacewing.errors import RequestError
+from lacewing.kv.blocks import BLOCK_SIZE, BlockManager
+from lacewing.kv.choice import MERGE_ROWS, kept_tokens
 
 __all__ = ["Engine", "Logits"]
 
@@ -169,12 +169,13 @@ class Engine:
         if keep and not held.merged:  # the queries that merge it are to be computed
             shared = min(shared, start - MERGE_ROWS)
         same = start == held.prompt_tokens <= shared
-        rewinds = shared == held.computed or self.scheduler.blocks.rewinds
+        blocks = self.scheduler.blocks
+        rewinds = shared == held.computed or blocks.may_rewind(held.tables, shared - held.merged)
         if not rewinds or (held.merged and not same):
             self._let_go()
         held.tokens, held.prompt_tokens, held.keep = ids, start, keep
         held.computed = min(shared, held.computed)
-        self.scheduler.blocks.rewind(held.tables, held.computed - held.merged)
+        blocks.rewind(held.tables, held.computed - held.merged)
 
     def _read(self, first: int, stop: int) -> NDArray[np.float32]:
         """Logits after the tokens `[first, stop)` of what is held; those before them get into the

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.engine.engine import Engine, Logits
-from lacewing.engine.kv import DEFAULT_KV
 from lacewing.engine.sampling import SamplingParams, TokenLogprobs
 from lacewing.engine.sequence import FinishReason, Sequence, Timings
 from lacewing.errors import CheckpointError, RequestError
+from lacewing.kv.choice import DEFAULT_KV
 
 if TYPE_CHECKING:
     from lacewing.checkpoint import PackedModel
@@ -94,7 +94,7 @@ class LLM:
     - `isa`: force an instruction set (see `lacewing doctor`).
     - `kv`: how the cache stores keys and values, and which of them are read: "f16", "bf16", "f32",
       "int8" (half the memory and bandwidth of f16, at a small error), "int4", "int8_sp70",
-      "int8+topk:1/16", "plan:FILE", "merge:0.2" and more; see `lacewing.engine.kv`.
+      "int8+topk:1/16", "plan:FILE", "merge:0.2" and more; see `lacewing.kv.choice`.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `FormatError`, `UnsupportedCpuError`, and
     `RequestError` (options out of range, not enough memory).
@@ -121,7 +121,8 @@ class LLM:
     ) -> None:
         # Not at the top: what needs only SamplingParams should not wait for the tokenizer.
         from lacewing.checkpoint import load_model, open_source
-        from lacewing.engine.runner import find_plan, plan_cache
+        from lacewing.engine.runner import plan_cache
+        from lacewing.kv.layout import find_plan
         from lacewing.native import check_isa, check_threads, compiled
 
         check_isa(isa)  # what is wrong with the options is said before a weight is read
@@ -143,7 +144,7 @@ class LLM:
     ) -> LLM:
         """An LLM over a model that is packed already; the options are those of `LLM`. plan: of the
         KV cache, if `kv` does not name it."""
-        from lacewing.engine.runner import find_plan
+        from lacewing.kv.layout import find_plan
 
         llm = cls.__new__(cls)
         llm._load(model, threads, max_context, isa, kv, find_plan(kv) or plan)

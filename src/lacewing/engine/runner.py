@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.checkpoint.kvplan import KVPLAN, KvPlan, fingerprint
-from lacewing.engine.blocks import Store
-from lacewing.engine.kv import DEFAULT_KV, parse_kv
-from lacewing.engine.layout import KvLayout, lay_out
+from lacewing.checkpoint.kvplan import KvPlan, fingerprint
 from lacewing.engine.scheduler import Chunk
 from lacewing.errors import RequestError, UnsupportedModelError
 from lacewing.formats import PackedTensor
+from lacewing.kv.blocks import Store, stack, stack_merged
+from lacewing.kv.choice import DEFAULT_KV, parse_kv
+from lacewing.kv.layout import KvLayout, lay_out
+from lacewing.kv.memory import available_memory
 from lacewing.native import check_isa, check_threads, compiled, tensor
 
 if TYPE_CHECKING:
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "NativeModel",
     "Runner",
-    "available_memory",
     "build_model",
     "choose_context",
     "choose_stores",
-    "find_plan",
     "native_spec",
     "plan_cache",
 ]
@@ -93,7 +91,7 @@ class Runner:
     ) -> Runner:
         """Builds the native model over `tensors` (no copy of packed weights).
 
-        plan: of the KV cache, see `find_plan`.
+        plan: of the KV cache, see `lacewing.kv.layout.find_plan`.
 
         Raises `CheckpointError` (tensors missing or of another shape, a plan of another model),
         `RequestError` (context or threads out of range, not enough memory),
@@ -126,49 +124,18 @@ class Runner:
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
             np.array([chunk.cached for chunk in chunks], np.int32),
-            _tables(chunks),
+            stack([chunk.sequence.tables for chunk in chunks]),
             np.array(bounds, np.int32),
             np.array(range(len(tokens)) if every_row else rows, np.int32),
             *_merges(chunks),
         )
 
 
-def _tables(chunks: Sequence[Chunk]) -> Ints:
-    """Block tables int32 `[stores, chunks, widest]`, zeros behind the shorter ones."""
-    every = [chunk.sequence.tables.tables for chunk in chunks]
-    if len(every) == len(every[0]) == 1:
-        return np.array(every[0][0], np.int32).reshape(1, 1, -1)
-    widest = max(len(table) for tables in every for table in tables)
-    found = np.zeros((len(every[0]), len(every), widest), np.int32)
-    for sequence, tables in enumerate(every):
-        for store, table in enumerate(tables):
-            found[store, sequence, : len(table)] = table
-    return found
-
-
 def _merges(chunks: Sequence[Chunk]) -> tuple[Ints, ...]:
-    """Tokens that stay of each chunk's sequence, and their block tables int32 `[chunks, widest]`;
-    nothing if no chunk completes a prompt that is to be merged."""
+    """Tokens that stay of each chunk's sequence, and their block tables; nothing if no chunk
+    completes a prompt that is to be merged."""
     keep = np.array([chunk.keep for chunk in chunks], np.int32)
-    if not keep.any():
-        return ()
-    widest = max(len(chunk.sequence.tables.merged) for chunk in chunks)
-    found = np.zeros((len(chunks), widest), np.int32)
-    for row, chunk in zip(found, chunks, strict=True):
-        row[: len(chunk.sequence.tables.merged)] = chunk.sequence.tables.merged
-    return keep, found
-
-
-def find_plan(kv: str, model: Path | None = None) -> KvPlan | None:
-    """The plan that `kv` names, or wants from the directory `model`; None if it needs none.
-
-    Raises `CheckpointError` for a file that cannot be read, `RequestError` for what is no `kv`.
-    """
-    choice = parse_kv(kv)
-    path = choice.file
-    if path is None and choice.topk and model is not None and (model / KVPLAN).is_file():
-        path = model / KVPLAN
-    return None if path is None else KvPlan.load(path)
+    return (keep, stack_merged([c.sequence.tables for c in chunks])) if keep.any() else ()
 
 
 def plan_cache(
@@ -219,31 +186,6 @@ def choose_stores(
             hint=f"ask for less: `max_context={fits // 2}`" if fits >= 32 else "free some memory",
         )
     return layout.sizes(min(_CONTEXTS, max(1.0, available * _SHARE / one)), max_context, rows)
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated here: what the kernel and the control group leave.
-
-    None where neither tells. `root` is for tests.
-    """
-    left = []
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                left.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError):
-        pass
-    group = root / "sys/fs/cgroup"
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            room = int((group / limit).read_text()) - int((group / used).read_text())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-        left.append(max(room, 0))
-    return min(left, default=None)
 
 
 def build_model(

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from lacewing.engine.blocks import BlockManager
 from lacewing.engine.sequence import Sequence
+from lacewing.kv.blocks import BlockManager
 
 __all__ = ["Chunk", "Scheduler"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from lacewing.engine.blocks import BLOCK_SIZE, Tables, blocks_for
-from lacewing.engine.kv import MERGE_ROWS
 from lacewing.engine.sampling import Sampler, SamplingParams, TokenLogprobs
 from lacewing.engine.stops import Writer
+from lacewing.kv.blocks import BLOCK_SIZE, Tables, blocks_for
+from lacewing.kv.choice import MERGE_ROWS
 
 __all__ = ["FinishReason", "Sequence", "Timings"]
 

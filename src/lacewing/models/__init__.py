@@ -11,9 +11,9 @@ from typing import Any
 from lacewing.errors import UnsupportedModelError
 from lacewing.models import gemma3, llama, qwen2, qwen3
 from lacewing.models.config import shown
-from lacewing.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from lacewing.models.spec import AttentionShape, DecoderSpec, LayerSpec, RopeSpec
 
-__all__ = ["MODELS", "DecoderSpec", "LayerSpec", "RopeSpec", "get_spec"]
+__all__ = ["MODELS", "AttentionShape", "DecoderSpec", "LayerSpec", "RopeSpec", "get_spec"]
 
 MODELS: dict[str, Callable[[Mapping[str, Any]], DecoderSpec]] = {
     "llama": llama.spec,

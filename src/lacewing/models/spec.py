@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lacewing.errors import CheckpointError
 
-__all__ = ["DecoderSpec", "LayerSpec", "RopeSpec"]
+__all__ = ["AttentionShape", "DecoderSpec", "LayerSpec", "RopeSpec"]
 
 Shape = tuple[int, ...]
 
@@ -32,6 +33,22 @@ class RopeSpec:
         cos = np.cos(angles) * self.attention_factor
         sin = np.sin(angles) * self.attention_factor
         return cos.astype(np.float32), sin.astype(np.float32)
+
+
+class AttentionShape(Protocol):
+    """What the KV cache has to know of a decoder."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of every layer, in tokens; 0: it reads everything."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,11 @@ class DecoderSpec:
     layers: tuple[LayerSpec, ...]
     ropes: tuple[RopeSpec, ...]
     logit_softcap: float = 0.0  # 0: none
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of every layer, see `LayerSpec`."""
+        return tuple(layer.window for layer in self.layers)
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Name -> shape of every tensor of the model; matrices are [outputs, inputs]."""

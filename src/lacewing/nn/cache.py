@@ -16,13 +16,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from lacewing.checkpoint import open_source
+from lacewing.checkpoint.kvplan import KvPlan, fingerprint
 from lacewing.errors import LacewingError, RequestError
-from lacewing.native import check_isa, compiled
+from lacewing.kv.choice import KvChoice, parse_kv
+from lacewing.kv.layout import find_plan
+from lacewing.native import check_isa
+from lacewing.nn.paged import LayerShape, PagedLayer
 
 _NEEDED = "the KV cache in PyTorch needs transformers 5.4 or newer"
 try:
@@ -45,33 +50,48 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions
 
 
 class LacewingCache(Cache):
-    """Keys and values of every layer, as `kv` stores them; for `attn_implementation="lacewing"`.
+    """Keys and values of every layer, as `kv` stores and reads them; for
+    `attn_implementation="lacewing"`.
 
-    config: the model's. kv: "f16" (default), "bf16", "f32" or "int8". isa: force an
-    instruction set (see `lacewing doctor`). Raises RequestError for another `kv`, and for layers
-    that are neither full nor sliding-window attention; UnsupportedCpuError.
+    config: the model's. kv: as in `lacewing.LLM` (docs/concepts/kv-cache.md): "f16" (default),
+    "int8", "int4", "int8+topk:1/16", "plan:FILE", "merge:0.2", ..; labels of `topk` are those of
+    `kvplan.json` in the directory that the model was read from, or of `topk:1/16@FILE`. `merge`
+    takes the first call's tokens for the prompt. isa: force an instruction set (see
+    `lacewing doctor`).
 
-    Memory grows with the sequences, by doubling. Beam search, cropping (assisted decoding) and
-    left padding are fine; every other mask than causal with left padding, gradients, and attention
-    with soft caps, sinks or biases raise RequestError. `bytes` is what the blocks take.
+    Raises RequestError for another `kv` or one that the model cannot have, and for layers that are
+    neither full nor sliding-window attention; CheckpointError for a plan of another model;
+    UnsupportedCpuError.
+
+    Memory grows with the sequences, by a 16th. Beam search, assisted decoding and left padding are
+    fine; `crop` goes back to any length with a codec that grows and no windows, else to what the
+    last call added. Every other mask than causal with left padding, gradients, and attention with
+    soft caps, sinks or biases raise RequestError. `bytes` is what the blocks take.
     """
 
     def __init__(self, config: Any, kv: str = "f16", isa: str | None = None) -> None:
         check_isa(isa)
-        _checked(compiled().KvCache, kv, 1, 1, 16, isa)
-        kinds = _layer_kinds(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        kinds = _layer_kinds(text)
         if others := set(kinds) - set(_LAYERS):
             raise RequestError(
                 f"LacewingCache: layers must be {' or '.join(_LAYERS)}, got {sorted(others)}"
             )
+        choice = parse_kv(kv)
+        plan, model_type = _find_plan(config, text.model_type, kv)
+        shared = bool(getattr(text, "num_kv_shared_layers", 0))
+        if shared and choice.merge:
+            raise RequestError("`merge` needs layers that have keys of their own")
+        made = _Made(choice, model_type, shared, isa)
+        plans = [plan and plan.layer(i, len(kinds)) for i in range(len(kinds))]
         self.kv = kv
-        self._layers = [_Layer(kv, isa) for _ in kinds]
+        self._layers = [_Layer(made, each) for each in plans]
         super().__init__(layers=list(self._layers))
 
     @property
     def bytes(self) -> int:
         """Of the blocks of all layers; some of them are still free."""
-        return sum(layer.native.bytes for layer in self._layers if layer.native is not None)
+        return sum(layer.paged.bytes for layer in self._layers if layer.paged is not None)
 
 
 def _layer_kinds(config: Any) -> list[str]:
@@ -81,23 +101,51 @@ def _layer_kinds(config: Any) -> list[str]:
     )
 
 
+def _find_plan(config: Any, model_type: str, kv: str) -> tuple[KvPlan | None, str]:
+    """The plan that `kv` asks for, checked against the model's files where they are here, and what
+    the model calls itself in a plan. Raises RequestError, CheckpointError."""
+    home = Path(getattr(config, "_name_or_path", "") or ".no-such-directory")
+    plan = find_plan(kv, home)
+    if plan is None and parse_kv(kv).topk:
+        raise RequestError(
+            f"`topk` needs the labels of this model, there is no kvplan.json in {str(home)!r}",
+            hint="lacewing calibrate-kv MODEL --data TEXT --out FILE, and `topk:1/16@FILE`",
+        )
+    if plan is None or not (home / "config.json").is_file():
+        return plan, model_type
+    source = open_source(home)
+    plan.check(source.spec, fingerprint(source.tensors))
+    return plan, source.spec.model_type
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How layers are made. shared: some attend the keys of others."""
+
+    choice: KvChoice
+    model_type: str
+    shared: bool
+    isa: str | None
+
+
 class _Layer(_Mixin):
-    """One layer's `_C.KvCache`, made when the first keys tell its sizes.
+    """One layer's cache, made with the first attention, which tells its sizes and its window."""
 
-    It keeps all tokens of a sliding window's layer too: cropping gets them back.
-    """
-
-    is_croppable = True
     is_sliding = False  # one length for all layers: masks are described, not made
 
-    def __init__(self, kv: str, isa: str | None) -> None:
+    def __init__(self, made: _Made, plan: KvPlan | None) -> None:
         super().__init__()
-        self.kv, self.isa = kv, isa
-        self.native: Any = None
+        self._made, self._plan = made, plan
+        self._shape: tuple[int, int, int] | None = None  # batch, n_kv_heads, head_dim
+        self.paged: PagedLayer | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
-        self.native = _checked(compiled().KvCache, self.kv, batch, heads, head_dim, self.isa)
+        self._shape = batch, heads, head_dim
         self.is_initialized = True
 
     def update(
@@ -111,17 +159,42 @@ class _Layer(_Mixin):
                 "LacewingCache: keys and values must have the same shape, got "
                 f"{list(key_states.shape)} and {list(value_states.shape)}"
             )
-        if self.native is None:
+        if self._shape is None:
             self.lazy_initialization(key_states, value_states)
+        batch, heads, head_dim = self._known()
+        if (key_states.shape[0], key_states.shape[1], key_states.shape[3]) != self._known():
+            raise RequestError(
+                f"LacewingCache: keys must be [{batch}, {heads}, tokens, {head_dim}] as before, "
+                f"got {list(key_states.shape)}",
+                hint="a new batch begins with cache.reset()",
+            )
         keys = key_states.as_subclass(_Keys)
         keys.step = _Step(self, key_states, value_states)
         return keys, value_states
+
+    def _known(self) -> tuple[int, int, int]:
+        assert self._shape is not None
+        return self._shape
+
+    def for_window(self, window: int) -> PagedLayer:
+        """The cache. Raises RequestError if it was made for another sliding window."""
+        batch, heads, head_dim = self._known()
+        if self.paged is None:
+            made = self._made
+            shape = LayerShape(made.model_type, heads, head_dim, window)
+            self.paged = PagedLayer(shape, made.choice, self._plan, batch, made.shared, made.isa)
+        if self.paged.shape.window != window:
+            raise RequestError(
+                "a LacewingCache's layer keeps its sliding window of "
+                f"{self.paged.shape.window} tokens, got one of {window}"
+            )
+        return self.paged
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.native is None else self.native.length
+        return 0 if self.paged is None else self.paged.length
 
     def get_max_length(self) -> int:
         return -1
@@ -129,28 +202,28 @@ class _Layer(_Mixin):
     get_max_cache_shape = get_max_length  # its name in older versions of transformers
 
     def reset(self) -> None:
-        self.native = None
+        self.paged = self._shape = None
         self.is_initialized = False
 
     def crop(self, tokens: int) -> None:
         """To its first `tokens`, or without its last `-tokens`; 0 does nothing. transformers has
         asked both ways."""
-        if self.native is not None and tokens:
-            length = self.native.length
-            self.native.crop(min(length, tokens) if tokens > 0 else max(0, length + tokens))
+        if self.paged is not None and tokens:
+            length = self.paged.length
+            self.paged.crop(min(length, tokens) if tokens > 0 else max(0, length + tokens))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if self.native is not None:
-            rows = beam_idx.reshape(-1).to(device="cpu", dtype=torch.int64)
-            _checked(self.native.select, rows.numpy())
+        if self.paged is not None:
+            self.paged.select(beam_idx.reshape(-1).tolist())
+            self._shape = (self.paged.batch, *self._known()[1:])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.native is not None:
-            self.reorder_cache(torch.arange(self.native.batch).repeat_interleave(repeats))
+        if self.paged is not None:
+            self.reorder_cache(torch.arange(self.paged.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.native is not None:
-            self.reorder_cache(torch.arange(self.native.batch)[indices.cpu()])
+        if self.paged is not None:
+            self.reorder_cache(torch.arange(self.paged.batch)[indices.cpu()])
 
     def offload(self) -> None:
         """There is only the CPU."""
@@ -168,14 +241,23 @@ class _Step:
     values: torch.Tensor
     stored: bool = field(default=False)
 
-    def store(self, starts: list[int]) -> None:
-        """Once, though layers may share the keys of another. starts: of each sequence, the column
-        of its first token."""
-        if not self.stored:
-            new = [_rows(each) for each in (self.keys, self.values)]
-            where = np.array(starts, np.int32)
-            _checked(self.layer.native.append, *new, where, torch.get_num_threads())
-            self.stored = True
+    @property
+    def length(self) -> int:
+        """Columns with the new ones."""
+        return self.layer.get_seq_length() + (0 if self.stored else self.keys.shape[2])
+
+    def attend(
+        self, query: torch.Tensor, starts: list[int], window: int, scale: float
+    ) -> torch.Tensor:
+        """Stores them, once, though layers may share the keys of another, and attends. starts: of
+        each sequence, the column of its first token."""
+        paged, threads = self.layer.for_window(window), torch.get_num_threads()
+        if self.stored:
+            return torch.from_numpy(paged.attend(_rows(query), scale, threads))
+        new = _rows(self.keys), _rows(self.values)
+        found = paged.step(_rows(query), *new, starts, scale, threads)
+        self.stored = True
+        return torch.from_numpy(found)
 
 
 class _Keys(torch.Tensor):
@@ -229,17 +311,13 @@ def attend(
     if asked := [name for name in _UNKNOWN if options.get(name) not in (None, False)]:
         raise RequestError(f"attention in a LacewingCache has no {', '.join(asked)}")
     starts, window = _read_mask(attention_mask, key.step, query.shape[2])
-    key.step.store(starts)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    native, threads = key.step.layer.native, torch.get_num_threads()
-    found = _checked(native.attend, _rows(query), float(scale), window, threads)
-    return torch.from_numpy(found).to(query.dtype), None
+    return key.step.attend(query, starts, window, float(scale)).to(query.dtype), None
 
 
 def _read_mask(mask: Any, step: _Step, rows: int) -> tuple[list[int], int]:
     """(the column where each sequence begins, the window or 0) of what `describe_mask` made."""
-    native = step.layer.native
-    if not isinstance(mask, torch.Tensor) or mask.shape != (native.batch, 3):
+    if not isinstance(mask, torch.Tensor) or mask.shape != (len(step.keys), 3):
         shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise RequestError(
             "attention in a LacewingCache is causal, behind left padding: it takes no mask of "
@@ -247,10 +325,10 @@ def _read_mask(mask: Any, step: _Step, rows: int) -> tuple[list[int], int]:
             hint="pass attention_mask as [batch, tokens], or none",
         )
     starts, (window, *_), (length, *_) = mask.T.tolist()
-    known = native.length + (0 if step.stored else step.keys.shape[2])
-    if known != length or step.keys.shape[2] != rows:
+    if step.length != length or step.keys.shape[2] != rows:
         raise RequestError(
-            f"a LacewingCache's layers must have the same length, got {known} and {length} tokens",
+            "a LacewingCache's layers must have the same length, got "
+            f"{step.length} and {length} tokens",
             hint="a call that failed may have left them so: begin again with cache.reset()",
         )
     return starts, window
@@ -336,15 +414,6 @@ def _rows(states: torch.Tensor) -> Any:
     """`[batch, heads, tokens, head_dim]` as f32 `[batch, tokens, heads, head_dim]`: a view, where
     float32 heads came out of one projection."""
     return states.detach().transpose(1, 2).float().contiguous().numpy()
-
-
-def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise RequestError(str(error)) from error
-    except MemoryError as error:
-        raise RequestError("no memory for the KV cache", 'try kv="int8"') from error
 
 
 AttentionInterface.register(NAME, attend)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.checkpoint.kvplan import KvPlan, Span
-from lacewing.engine.blocks import BLOCK_SIZE, Keep, Store, blocks_for
-from lacewing.engine.kv import LABEL_TOKENS, RECENT, KvChoice, block_bytes, kept_tokens, sealed_from
+from lacewing.checkpoint.kvplan import KVPLAN, KvPlan, Span
 from lacewing.errors import RequestError
+from lacewing.kv.blocks import BLOCK_SIZE, Keep, Store, blocks_for
+from lacewing.kv.choice import (
+    LABEL_TOKENS,
+    RECENT,
+    KvChoice,
+    block_bytes,
+    kept_tokens,
+    parse_kv,
+    sealed_from,
+)
 
 if TYPE_CHECKING:
-    from lacewing.models import DecoderSpec
+    from lacewing.models import AttentionShape
 
-__all__ = ["LABELS", "KvLayout", "lay_out"]
+__all__ = ["LABELS", "KvLayout", "find_plan", "lay_out"]
 
 LABELS = "labels"
 _NONE = (-1, 0)
@@ -90,7 +99,7 @@ class KvLayout:
         return block_bytes(plan.format, self.head_dim)
 
 
-def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: int) -> KvLayout:
+def lay_out(spec: AttentionShape, choice: KvChoice, plan: KvPlan | None, context: int) -> KvLayout:
     """The stores of `choice`. plan: spans of the heads, or labels.
 
     Raises `RequestError` if labels or spans are asked for and `plan` has none, or if what is to be
@@ -109,8 +118,8 @@ def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: i
             hint="lacewing calibrate-kv MODEL --data TEXT --budget 0.4",
         )
     layout = KvLayout(choice.topk, head_dim=spec.head_dim, merge=choice.merge)
-    for i, layer in enumerate(spec.layers):
-        window = layer.window if layer.window and layer.window < context else 0
+    for i, own in enumerate(spec.windows):
+        window = own if own < context else 0
         for head in range(spec.n_kv_heads):
             span = plan.spans[i][head] if choice.spans and plan and plan.spans else None
             layout.rows.append(_head(layout, choice, window, None if window else span))
@@ -123,7 +132,19 @@ def lay_out(spec: DecoderSpec, choice: KvChoice, plan: KvPlan | None, context: i
     return layout
 
 
-def _check_merge(spec: DecoderSpec, choice: KvChoice, context: int) -> None:
+def find_plan(kv: str, model: Path | None = None) -> KvPlan | None:
+    """The plan that `kv` names, or wants from the directory `model`; None if it needs none.
+
+    Raises `CheckpointError` for a file that cannot be read, `RequestError` for what is no `kv`.
+    """
+    choice = parse_kv(kv)
+    path = choice.file
+    if path is None and choice.topk and model is not None and (model / KVPLAN).is_file():
+        path = model / KVPLAN
+    return None if path is None else KvPlan.load(path)
+
+
+def _check_merge(spec: AttentionShape, choice: KvChoice, context: int) -> None:
     if choice.growing != choice.codec:
         raise RequestError(
             f"`merge` needs a codec that stores tokens as they come, got `{choice.codec}`",
@@ -131,11 +152,11 @@ def _check_merge(spec: DecoderSpec, choice: KvChoice, context: int) -> None:
         )
     if choice.topk or choice.spans:
         raise RequestError("`merge` goes together with neither `topk` nor `plan`")
-    windows = [layer.window for layer in spec.layers if 0 < (layer.window or 0) < context]
+    windows = [window for window in spec.windows if 0 < window < context]
     if windows:
         raise RequestError(
-            f"`merge` needs layers that read all of {context} tokens, "
-            f"{len(windows)} of {len(spec.layers)} read the last {min(windows)}",
+            f"`merge` needs layers that read everything, {len(windows)} of {spec.n_layers} read "
+            f"the last {min(windows)} tokens",
             hint="another policy, such as `topk`",
         )
 

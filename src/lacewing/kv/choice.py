@@ -33,6 +33,8 @@ from lacewing.native import compiled
 
 __all__ = [
     "DEFAULT_KV",
+    "LABEL_TOKENS",
+    "MERGE_KEPT",
     "MERGE_ROWS",
     "RECENT",
     "KvChoice",
@@ -50,8 +52,9 @@ LABEL_TOKENS = 256
 MERGE_ROWS = 32
 """Tokens at a prompt's end that one step computes together, if the prompt is to be merged: their
 queries say which of its tokens are important."""
+MERGE_KEPT = 37
+"""Tokens that stay at least: the first 4, the last 32 and one between."""
 _MERGE_PROMPT = 64  # tokens of the shortest prompt that is merged
-_MERGE_KEPT = 37  # tokens that stay at least: the first 4, the last 32 and one between
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def kept_tokens(prompt: int, share: float | None) -> int:
     """Tokens to which the cache of so many prompt tokens shrinks; 0: nothing is merged."""
     if share is None or prompt < _MERGE_PROMPT:
         return 0
-    keep = max(_MERGE_KEPT, math.ceil(share * prompt))
+    keep = max(MERGE_KEPT, math.ceil(share * prompt))
     return keep if keep < prompt else 0
 
 

@@ -10,9 +10,24 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 
-__all__ = ["BLOCK_SIZE", "BlockManager", "Keep", "Store", "Tables", "blocks_for"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BLOCK_SIZE",
+    "BlockManager",
+    "Keep",
+    "Store",
+    "Tables",
+    "blocks_for",
+    "stack",
+    "stack_merged",
+]
+
+Ints = NDArray[np.int32]
 
 BLOCK_SIZE = 16
 
@@ -69,6 +84,8 @@ class Tables:
     """Numbers of the blocks in use that may be let go of, where a store does not keep all."""
     merged: array[int] = field(default_factory=lambda: array("i"))
     """While a step merges the sequence's prompt: the block table that replaces the one store's."""
+    start: int = 0
+    """Tokens before the rows that were placed last: what rows from there on read is kept."""
 
 
 class BlockManager:
@@ -88,19 +105,13 @@ class BlockManager:
         """Blocks nobody owns, by store."""
         return tuple(len(free) for free in self._free)
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether a sequence can go back to fewer tokens: every block is still there."""
-        return all(store.keep is None for store in self.stores)
-
     def reserve(self, tables: Tables, tokens: int, rows: int | None = None) -> bool:
         """Makes `tables` own the blocks that a sequence of `tokens` tokens needs while its next
         `rows` are computed (None: a step's most). False, and no change, if blocks lack. What it
         owns beyond that goes back."""
         rows = min(tokens, self.step_tokens if rows is None else rows)
         missing = [
-            store.peak(tokens, rows) - len(self.owned(tables, i))
-            for i, store in enumerate(self.stores)
+            store.peak(tokens, rows) - self.count(tables, i) for i, store in enumerate(self.stores)
         ]
         if any(want > len(free) for want, free in zip(missing, self._free, strict=True)):
             return False
@@ -117,6 +128,8 @@ class BlockManager:
     def place(self, tables: Tables, start: int, stop: int) -> None:
         """Gives the tokens up to `stop` their blocks, before the rows `[start, stop)` are computed;
         what they and later rows do not read makes room."""
+        if self.covers(tables, stop):
+            return
         for i, store in enumerate(self.stores):
             table, spare, kept = tables.tables[i], tables.spare[i], tables.kept[i]
             if store.keep is not None:
@@ -124,13 +137,35 @@ class BlockManager:
                 kept.extend(range(len(table), store.blocks(stop)))
             for _ in range(store.blocks(stop) - len(table)):
                 table.append(spare.pop())
+        tables.start = start
+
+    def covers(self, tables: Tables, tokens: int) -> bool:
+        """Whether so many tokens have their blocks."""
+        pairs = zip(self.stores, tables.tables, strict=False)
+        return bool(tables.tables) and all(s.blocks(tokens) <= len(table) for s, table in pairs)
+
+    def holds(self, tables: Tables, tokens: int) -> bool:
+        """Whether what the rows behind so many tokens read is there: it is for those placed last,
+        and for all where every block is kept."""
+        return tokens >= tables.start or all(store.keep is None for store in self.stores)
+
+    def may_rewind(self, tables: Tables, tokens: int) -> bool:
+        """Whether a sequence can go back to so many tokens."""
+        return tokens == 0 or self.holds(tables, tokens)
 
     def rewind(self, tables: Tables, tokens: int) -> None:
         """Goes back to `tokens` tokens, where that is possible: the blocks behind them are not in
         use any more."""
-        for store, table, spare in zip(self.stores, tables.tables, tables.spare, strict=False):
+        for i, table in enumerate(tables.tables):
+            store, spare, kept = self.stores[i], tables.spare[i], tables.kept[i]
             while len(table) > store.blocks(tokens):
-                spare.append(table.pop())
+                block = table.pop()
+                if store.keep is None:
+                    spare.append(block)
+                elif kept and kept[-1] == len(table):
+                    spare.append(block)
+                    kept.pop()
+        tables.start = min(tables.start, tokens)
 
     def begin_merge(self, tables: Tables, keep: int) -> None:
         """Gives the `keep` tokens that stay of a prompt their blocks, before the step that merges
@@ -160,6 +195,34 @@ class BlockManager:
             return [*table, *tables.merged, *reversed(tables.spare[store])]
         return [*(table[j] for j in tables.kept[store]), *reversed(tables.spare[store])]
 
+    def count(self, tables: Tables, store: int) -> int:
+        """How many blocks `owned` lists."""
+        if not tables.tables:
+            return 0
+        everything = self.stores[store].keep is None
+        used = len(tables.tables[store]) if everything else len(tables.kept[store])
+        return used + len(tables.merged) + len(tables.spare[store])
+
+    def grow(self, totals: Sequence[int]) -> None:
+        """So many blocks in every store, no fewer than there are."""
+        for i, (store, total) in enumerate(zip(self.stores, totals, strict=True)):
+            self._free[i][:0] = range(total - 1, store.total - 1, -1)
+        pairs = zip(self.stores, totals, strict=True)
+        self.stores = tuple(replace(store, total=total) for store, total in pairs)
+
+    def fork(self, tables: Tables) -> tuple[Tables, list[list[tuple[int, int]]]]:
+        """A second owner of as many blocks, which must be free, and by store the (from, to) whose
+        contents it needs."""
+        other, copies = deepcopy(tables), []
+        for i, free in enumerate(self._free[: len(tables.tables)]):
+            table, spare = other.tables[i], other.spare[i]
+            used = range(len(table)) if self.stores[i].keep is None else other.kept[i]
+            copies.append([(table[j], free.pop()) for j in used])
+            for j, (_, block) in zip(used, copies[-1], strict=True):
+                table[j] = block
+            spare[:] = [free.pop() for _ in spare]
+        return other, copies
+
     def reset(self, owners: Sequence[Tables] = ()) -> None:
         """Forgets all owners, and empties their tables."""
         self._free = [list(range(store.total - 1, -1, -1)) for store in self.stores]
@@ -179,6 +242,28 @@ class BlockManager:
     @staticmethod
     def _empty(tables: Tables) -> None:
         tables.tables, tables.spare, tables.kept, tables.merged = [], [], [], array("i")
+        tables.start = 0
+
+
+def stack(sequences: Sequence[Tables]) -> Ints:
+    """Block tables int32 `[stores, sequences, widest]`, zeros behind the shorter ones."""
+    every = [tables.tables for tables in sequences]
+    if len(every) == len(every[0]) == 1:
+        return np.array(every[0][0], np.int32).reshape(1, 1, -1)
+    widest = max(len(table) for tables in every for table in tables)
+    found = np.zeros((len(every[0]), len(every), widest), np.int32)
+    for sequence, tables in enumerate(every):
+        for store, table in enumerate(tables):
+            found[store, sequence, : len(table)] = table
+    return found
+
+
+def stack_merged(sequences: Sequence[Tables]) -> Ints:
+    """Block tables int32 `[sequences, widest]` of prompts that a step merges."""
+    found = np.zeros((len(sequences), max(len(each.merged) for each in sequences)), np.int32)
+    for row, tables in zip(found, sequences, strict=True):
+        row[: len(tables.merged)] = tables.merged
+    return found
 
 
 def blocks_for(tokens: int) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacewing.engine.blocks import BLOCK_SIZE, BlockManager, Keep, Store, Tables, blocks_for
+from lacewing.kv.blocks import BLOCK_SIZE, BlockManager, Keep, Store, Tables, blocks_for
 
 
 def test_blocks_for_rounds_up() -> None:
@@ -118,6 +116,74 @@ def test_decoding_gives_the_room_for_prompts_back() -> None:
     assert len(blocks.owned(tables)) == 2 + 1 + 1
 
 
-@pytest.mark.parametrize("keep", [None, Keep(0, 2)])
-def test_going_back_needs_every_block(keep: Any) -> None:
-    assert BlockManager([Store(4), Store(4, keep=keep)]).rewinds == (keep is None)
+@given(
+    st.one_of(st.none(), keeps),
+    st.lists(st.tuples(st.integers(1, 90), st.integers(0, 60)), min_size=1, max_size=30),
+)
+def test_going_back(keep: Keep | None, steps: list[tuple[int, int]]) -> None:
+    """As far as `may_rewind` says: what is read from there on is where it was put, no block is lost
+    or owned twice, and the rows placed last can always be taken back."""
+    blocks = BlockManager([Store(300, keep=keep)], 90)
+    tables, end, holds = Tables(), 0, {}  # block number -> physical block
+    for rows, back in steps:
+        assert blocks.reserve(tables, end + rows, rows)
+        blocks.place(tables, end, end + rows)
+        holds = {j: b for j, b in holds.items() if j < end // BLOCK_SIZE}
+        holds |= {j: tables.tables[0][j] for j in range(end // BLOCK_SIZE, blocks_for(end + rows))}
+        to = max(0, end + rows - back)
+        assert blocks.may_rewind(tables, to) or to < end
+        if blocks.may_rewind(tables, to):
+            blocks.rewind(tables, to)
+            end = to
+        else:
+            end += rows
+        first = end // BLOCK_SIZE
+        read = [j for j in range(blocks_for(end)) if keep is None or (first, j) in keep]
+        assert [tables.tables[0][j] for j in read if j in holds] == [
+            holds[j] for j in read if j in holds
+        ]
+        owned = blocks.owned(tables)
+        assert len(set(owned)) == len(owned) == blocks.count(tables, 0) == 300 - blocks.free[0]
+
+
+def test_what_is_let_go_of_does_not_come_back() -> None:
+    blocks = BlockManager([Store(9), Store(9, keep=Keep(0, 2))])
+    tables = Tables()
+    assert blocks.reserve(tables, 80)
+    blocks.place(tables, 0, 60)
+    blocks.place(tables, 60, 80)
+    assert [blocks.may_rewind(tables, n) for n in (0, 1, 59, 60, 80)] == [1, 0, 0, 1, 1]
+    blocks.rewind(tables, 0)
+    assert blocks.count(tables, 0) == 5
+    assert [len(table) for table in tables.tables] == [0, 0]
+    blocks.place(tables, 0, 40)
+    assert blocks.may_rewind(tables, 20)
+
+
+def test_stores_grow() -> None:
+    blocks = BlockManager([Store(2), Store(3)])
+    tables = Tables()
+    assert blocks.reserve(tables, 32)
+    blocks.grow([5, 3])
+    assert blocks.free == (3, 1)
+    assert blocks.reserve(tables, 48)
+    assert not blocks.reserve(tables, 64)
+    blocks.release(tables)
+    assert blocks.free == (5, 3)
+
+
+@pytest.mark.parametrize("keep", [None, Keep(1, 2)])
+def test_a_fork_has_blocks_of_its_own(keep: Keep | None) -> None:
+    blocks = BlockManager([Store(20, keep=keep)])
+    tables = Tables()
+    assert blocks.reserve(tables, 100)
+    blocks.place(tables, 0, 50)
+    blocks.place(tables, 50, 100)
+    other, (copies,) = blocks.fork(tables)
+    assert not set(blocks.owned(tables)) & set(blocks.owned(other))
+    assert blocks.count(other, 0) == blocks.count(tables, 0)
+    names = range(7) if keep is None else tables.kept[0]
+    assert copies == [(tables.tables[0][j], other.tables[0][j]) for j in names]
+    blocks.release(tables)
+    blocks.release(other)
+    assert blocks.free == (20,)
