@@ -2,6 +2,7 @@
 
 python benchmarks/dropin.py stack                    the linear layers of a 1B model, one row
 python benchmarks/dropin.py generate DIRECTORY       transformers' generate; no directory: SmolLM2
+python benchmarks/dropin.py context [MODEL] --kv f16 int8 int4    one token behind a long text
 python benchmarks/dropin.py encode                   256 sentences by MiniLM, ONNX Runtime beside
 python benchmarks/dropin.py replace DIRECTORY        seconds and peak memory of replace_linear
 
@@ -27,9 +28,13 @@ from typing import Any
 import harness
 import torch
 from models import CACHE, demo_model
+from tokenizers import Tokenizer
 from torch import nn
+from transformers import DynamicCache
 
+from lacewing.checkpoint import open_source
 from lacewing.nn import Linear, replace_linear
+from lacewing.nn.cache import LacewingCache
 
 PAUSE = 0.03  # seconds: longer than OpenMP's and ONNX Runtime's threads spin
 SPARSITY = {"bf16_sp": 0.5, "w8a8g64_sp": 0.5, "w4a8g64_sp": 0.5, "w8a8_b16x1": 0.5}
@@ -40,11 +45,14 @@ BLOCK = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048)] + [(8192, 2048)] 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     verbs = parser.add_subparsers(required=True)
-    for verb in (stack, generate, encode, replace):
+    for verb in (stack, generate, context, encode, replace):
         one = verbs.add_parser(verb.__name__)
         one.set_defaults(verb=verb)
-        if verb in (generate, replace):
+        if verb in (generate, context, replace):
             one.add_argument("model", nargs="?", help="a Hugging Face directory")
+        if verb is context:
+            one.add_argument("--context", type=int, default=4096)
+            one.add_argument("--kv", nargs="+", default=["f16", "int8", "int4"])
         one.add_argument("--formats", nargs="+")
         harness.add_common_arguments(one)
     args = parser.parse_args()
@@ -127,6 +135,7 @@ def show(title: str, seconds: dict[str, list[float]], *over: str) -> dict[str, A
 # -- generate -------------------------------------------------------------------------------------
 
 NEW_TOKENS = 32
+STEPS = 8  # tokens of a round of `context`
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,6 +171,62 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {share['in linear layers'] * 1e3:.1f} of {share['whole'] * 1e3:.1f} ms"
               " per token in linear layers")  # fmt: skip
     return {"model": path.name, **found}
+
+
+def context(args: argparse.Namespace) -> dict[str, Any]:
+    """One token behind a novel's first pages: PyTorch's attention and cache, and ours, in one model
+    whose linear layers are the same; the loss of what is read beside it."""
+    path = Path(args.model) if args.model else demo_model()
+    model = open_language_model(path)
+    replace_linear(model, (args.formats or ["w8a8g64"])[0])
+    steps = (args.rounds + 1) * STEPS
+    ids = torch.tensor([read_ids(path, args.context + steps + 1)])
+    names = ["PyTorch bf16", *args.kv]
+    readers: dict[str, Reader] = {}
+    for name in names:
+        harness.progress(f"{name}: reading {args.context} tokens")
+        readers[name] = Reader(model, ids, args.context, name if name in args.kv else None)
+    seconds = in_turn({name: readers[name].read for name in names}, args.rounds)
+    found = show(f"{path.name}: {STEPS} tokens behind {args.context}", seconds, names[0])
+    for name, reader in readers.items():
+        loss = statistics.mean(reader.losses[:steps])
+        more = {"prompt_s": round(reader.prompt_seconds, 2), "loss": round(loss, 4)}
+        found["rows"][harness.without_folders(name)] = found["rows"].pop(name) | more
+        print(f"{name}: prompt {more['prompt_s']} s, loss of the {steps} tokens {more['loss']}")
+    return {"model": path.name, "context": args.context, **found}
+
+
+def read_ids(path: Path, count: int) -> list[int]:
+    text = harness.data(BOOK).read_text(encoding="utf-8")
+    found = Tokenizer.from_str(open_source(path).tokenizer.tokenizer_json).encode(text[: 8 * count])
+    return list(found.ids[:count])
+
+
+class Reader:
+    """A text read by a model, the first `context` tokens at once and then one by one. kv: None is
+    PyTorch's attention."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, context: int, kv: str | None) -> None:
+        self.model, self.ids, self.at = model, ids, 0
+        self.attention = "lacewing" if kv else "sdpa"
+        self.cache = LacewingCache(model.config, kv) if kv else DynamicCache(config=model.config)
+        self.losses: list[float] = []
+        start = time.perf_counter()
+        self._step(context)
+        self.prompt_seconds = time.perf_counter() - start
+
+    def read(self) -> None:
+        for _ in range(STEPS):
+            self._step(1)
+
+    def _step(self, count: int) -> None:
+        self.model.set_attn_implementation(self.attention)
+        here = self.ids[:, self.at : self.at + count]
+        self.at += count
+        with torch.inference_mode():
+            found = self.model(here, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        scores = found.logits[0, -1].float().log_softmax(-1)
+        self.losses.append(-float(scores[self.ids[0, self.at]]))
 
 
 def head_format(format: str) -> str:

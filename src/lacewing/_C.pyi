@@ -214,8 +214,8 @@ KV_SEALED_FROM: dict[str, str]
 """Of formats whose blocks are made whole: what from."""
 
 KV_SIZES: dict[str, int]
-"""What both sides of the module count with: `block` and `label_block` (tokens), `recent` (blocks that
-sealed formats read as they grew), `merge_rows` and `merge_least` (tokens)."""
+"""What both sides of the module count with, in tokens: `block`, `label_block`, `merge_rows`,
+`merge_least`; `recent`: blocks that sealed formats read as they grew."""
 
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
