@@ -223,22 +223,27 @@ def test_left_padding_changes_nothing(name: str) -> None:
 def test_generate_as_pytorch_does(name: str, options: dict[str, Any]) -> None:
     tokens = prompt(1, 24).repeat(1, 2)  # repeats: there is something to look up
     tokens = tokens[:, :LENGTH]
-    found = []
-    for attention in ("lacewing", "sdpa"):
+
+    def generated(attention: str) -> Any:
         torch.manual_seed(1)
         model = tiny(name)
         model.set_attn_implementation(attention)
-        made = LacewingCache(model.config, "f32") if attention == "lacewing" else None
-        found.append(
-            model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                past_key_values=made,
-                max_new_tokens=14,
-                **{"do_sample": False, **options},
-            )
+        return model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=LacewingCache(model.config, "f32") if attention == "lacewing" else None,
+            max_new_tokens=14,
+            **{"do_sample": False, **options},
         )
-    assert torch.equal(*found)
+
+    ours = generated("lacewing")
+    try:
+        theirs = generated("sdpa")
+    except ValueError as error:
+        if "Cannot `crop`" not in str(error):
+            raise
+        pytest.skip("this version of transformers cannot crop its own windows")
+    assert torch.equal(ours, theirs)
 
 
 # -- The cache ------------------------------------------------------------------------------------
@@ -297,6 +302,53 @@ def test_layers_that_share_keys_store_them_once() -> None:
     first, again = (attend(module, states, keys, values, mask)[0] for _ in range(2))
     assert torch.equal(first, again)
     assert made.get_seq_length() == 3
+
+
+def test_layers_that_share_keys_behind_a_window() -> None:
+    """Longer than the pieces in which others compute a prompt."""
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    config.num_kv_shared_layers = 1
+    with pytest.raises(RequestError, match="`merge` needs layers that have keys of their own"):
+        LacewingCache(config, "merge:0.5")
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 2, 700, 16, generator=generator)
+    mask = describe_mask(1, 700, 700, local_size=9, mask_function=sliding(9))
+    module, found = torch.nn.Module(), []
+    for shared in (1, 0):
+        config.num_kv_shared_layers = shared
+        keys, values = LacewingCache(config, "int8").update(states, states, 0)
+        found.append(attend(module, states, keys, values, mask)[0])
+        if shared:
+            found.append(attend(module, states, keys, values, mask)[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    with pytest.raises(RequestError, match="let go of keys that another layer still attends"):
+        attend(module, states, keys, values, mask)
+
+
+def test_a_layer_keeps_its_window() -> None:
+    made = LacewingCache(model_of("llama").config)
+    states, module = torch.zeros(1, 2, 3, 16), torch.nn.Module()
+    keys, values = made.update(states, states, 0)
+    attend(module, states, keys, values, describe_mask(1, 3, 3))
+    keys, values = made.update(states, states, 0)
+    mask = describe_mask(1, 3, 6, q_offset=3, local_size=4, mask_function=sliding(4))
+    with pytest.raises(RequestError, match="keeps its sliding window of 0 tokens, got one of 4"):
+        attend(module, states, keys, values, mask)
+
+
+@pytest.mark.parametrize("kv", ["int4", "int8_sp70", "int8"])
+def test_looking_ahead_goes_back_with_every_cache(kv: str) -> None:
+    """Tokens that were guessed wrong are taken back out of what is sealed."""
+    model = model_of("llama")
+    tokens = prompt(1, 40).repeat(1, 2)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 40}
+    options |= {"do_sample": False, "eos_token_id": 2}
+    plain, ahead = (
+        model.generate(tokens, past_key_values=LacewingCache(model.config, kv), **options, **more)
+        for more in ({}, {"prompt_lookup_num_tokens": 3})
+    )
+    assert torch.equal(plain, ahead)
 
 
 def test_no_mask_of_the_context_is_made() -> None:
