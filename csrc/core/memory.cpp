@@ -11,6 +11,7 @@ namespace lacewing {
 namespace {
 
 constexpr size_t kHuge = size_t{2} << 20;
+constexpr size_t kPage = 4096;
 constexpr size_t kLine = 64;
 
 size_t round_up(size_t bytes, size_t unit) {
@@ -43,7 +44,7 @@ void advise_huge_pages(void* p, size_t bytes) {
 Memory::Memory(size_t bytes) {
   if (bytes == 0) return;
   if (bytes >= kHuge) {
-    bytes_ = round_up(bytes, kHuge);
+    bytes_ = round_up(bytes, kPage);
     if (bytes_ > SIZE_MAX - kHuge) throw std::bad_alloc();
     data_ = map_huge(bytes_);
   } else {

@@ -13,7 +13,7 @@ void advise_huge_pages(void* p, size_t bytes);
 // The product of sizes. Throws std::bad_alloc where it overflows.
 size_t checked_product(std::initializer_list<int64_t> factors);
 
-// `bytes` of zeros, 64-byte aligned (2 MB aligned from 2 MB on, and then lazily committed).
+// `bytes` of zeros, 64-byte aligned; from 2 MB on 2 MB aligned, and lazily committed.
 // Owns the memory; throws std::bad_alloc.
 class Memory {
  public:

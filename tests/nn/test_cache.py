@@ -445,6 +445,11 @@ def test_a_kv_that_is_not_there(kv: str) -> None:
         LacewingCache(model_of("llama").config, kv)
 
 
+def test_what_cannot_be_merged() -> None:
+    with pytest.raises(RequestError, match="`merge` needs a codec that stores tokens as they come"):
+        LacewingCache(model_of("llama").config, "int4+merge:0.3")
+
+
 def test_labels_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"`topk` needs the labels .* no kvplan.json in"):
         LacewingCache(model_of("llama").config, "topk:1/16")

@@ -23,7 +23,7 @@ from lacewing.checkpoint import open_source
 from lacewing.checkpoint.kvplan import KvPlan, fingerprint
 from lacewing.errors import RequestError
 from lacewing.kv.choice import KvChoice, parse_kv
-from lacewing.kv.layout import find_plan
+from lacewing.kv.layout import find_plan, lay_out
 from lacewing.native import check_isa
 from lacewing.nn.masks import (
     AttentionInterface,
@@ -76,6 +76,8 @@ class LacewingCache(_Cache):
             )
         choice = parse_kv(kv)
         plan, model_type = _find_plan(config, text.model_type, kv)
+        if choice.merge:
+            lay_out(LayerShape(model_type, 1, 16, 0), choice, None, 1)
         shared = bool(getattr(text, "num_kv_shared_layers", 0))
         if shared and choice.merge:
             raise RequestError("`merge` needs layers that have keys of their own")
