@@ -272,6 +272,7 @@ void register_attention(nb::module_& m) {
   nb::dict sizes;
   sizes["block"] = kBlock;
   sizes["label_block"] = kLabelTokens;
+  sizes["label_channels"] = kMaxLabelChannels;
   sizes["recent"] = kRecent;
   sizes["merge_rows"] = kMergeRows;
   sizes["merge_least"] = kMergeFirst + kMergeLast + 1;

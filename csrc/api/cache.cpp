@@ -26,12 +26,25 @@ using Rows = Array<float, 3>;
 
 int64_t extent(const Rows& array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
-// What threads work in; it stays with the calling thread, whose layers take turns.
+// What one thread works in.
 struct Space {
   Memory kernel{kAttentionScratch};
   AttendSpace attend;
 };
-thread_local std::vector<Space> spaces;
+
+// What a step works in; it stays with the calling thread, whose layers take turns.
+struct Workplace {
+  std::vector<Space> threads;
+  Memory partials;
+
+  void reserve(int count, size_t partial_bytes, size_t merge_bytes) {
+    while (threads.size() < static_cast<size_t>(count)) threads.emplace_back();
+    if (partials.size() < partial_bytes) partials = Memory(partial_bytes);
+    for (Space& space : threads)
+      if (space.attend.merge.size() < merge_bytes) space.attend.merge = Memory(merge_bytes);
+  }
+};
+thread_local Workplace workplace;
 
 class KvCache {
  public:
@@ -41,6 +54,13 @@ class KvCache {
         head_dim_(checked("head_dim", head_dim, kMaxHeadDim)),
         table_(*table_of(isa).kv),
         cache_(read_layout("KvCache", kv, 1, kv_heads, head_dim), head_dim) {}
+
+  // One with blocks of its own. Throws std::bad_alloc.
+  KvCache* clone() const {
+    const nb::gil_scoped_release release;
+    const std::lock_guard lock(mutex_);
+    return new KvCache(*this);
+  }
 
   // Every verb lets go of the GIL before it takes the lock: who holds the lock never waits for it.
   void grow(const std::vector<int64_t>& blocks) {
@@ -101,6 +121,12 @@ class KvCache {
   int64_t bytes() const { return cache_.bytes(); }
 
  private:
+  KvCache(const KvCache& other)
+      : kv_heads_(other.kv_heads_),
+        head_dim_(other.head_dim_),
+        table_(other.table_),
+        cache_(other.cache_) {}
+
   static int64_t checked(const char* what, int64_t value, int64_t most) {
     require_range(std::string("KvCache: ") + what, value, 1, most);
     return value;
@@ -122,43 +148,39 @@ class KvCache {
   void run(const CacheStep& step, const LayerRows& at, int64_t group_heads, int threads) {
     const HeadShape shape{kv_heads_, group_heads, head_dim_};
     Tiles tiles;
-    int64_t merged = 0;
+    std::vector<Merge> merges;
+    size_t merging = 0;
     for (int64_t b = 0; b < step.sequences; ++b) {
       const int64_t rows = step.cu_seqlens[b + 1] - step.cu_seqlens[b];
       tiles.add(b, rows, step.cached[b], shape, cache_.lists());
-      if (step.kept(b)) merged = std::max(merged, step.merge(b, 0).tokens);
+      if (step.kept(b) == 0) continue;
+      merges.push_back(step.merge(b, 0));
+      merging = std::max(merging, merge_scratch(merges.back().tokens, head_dim_));
     }
     tiles.cut(shape, threads);
-    std::vector<Space>& mine = spaces;  // of this thread, not of those that run
-    while (mine.size() < static_cast<size_t>(threads)) mine.emplace_back();
-    const size_t merging = merged ? merge_scratch(merged, head_dim_) : 0;
-    if (mine[0].attend.merge.size() < merging) mine[0].attend.merge = Memory(merging);
-    const Memory partials(static_cast<size_t>(tiles.partial_floats) * sizeof(float));
+    Workplace& place = workplace;  // of this thread, not of those that run
+    place.reserve(threads, static_cast<size_t>(tiles.partial_floats) * sizeof(float), merging);
     const size_t pairs = tiles.tiles.size() * static_cast<size_t>(kv_heads_);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[pairs]());
+    const int64_t merged = static_cast<int64_t>(merges.size()) * kv_heads_;
     std::atomic<int64_t> taken{0};
     Barrier barrier(threads, Pool::instance().may_spin(threads));
     Pool::instance().run(threads, [&](int tid, int n) {
-      Space& space = mine[static_cast<size_t>(tid)];
+      Space& space = place.threads[static_cast<size_t>(tid)];
       Attend attend(cache_, table_, shape, step, space.attend, space.kernel.data());
-      attend.begin(tiles, partials.as<float>(), done.get());
+      attend.begin(tiles, place.partials.as<float>(), done.get());
       attend.run(
           at, taken, tid, n, [](int64_t, int64_t) {}, [](const Tile&, int64_t) {},
           [&] { barrier.wait(); });
+      for (int64_t i = tid; i < merged; i += n)  // nobody reads merged blocks in this step
+        attend.merge(at, merges[static_cast<size_t>(i / kv_heads_)], i % kv_heads_);
     });
-    if (merged) merge(step, at, shape, mine[0]);
-  }
-
-  void merge(const CacheStep& step, const LayerRows& at, const HeadShape& shape, Space& space) {
-    Attend attend(cache_, table_, shape, step, space.attend, space.kernel.data());
-    for (int64_t b = 0; b < step.sequences; ++b)
-      for (int64_t h = 0; step.kept(b) && h < kv_heads_; ++h) attend.merge(at, step.merge(b, 0), h);
   }
 
   const int64_t kv_heads_, head_dim_;
   const KvTable& table_;
   Cache cache_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
 };
 
 }  // namespace
@@ -167,6 +189,7 @@ void register_cache(nb::module_& m) {
   nb::class_<KvCache>(m, "KvCache", "One layer's KV cache, paged, and its attention.")
       .def(nb::init<const nb::dict&, int64_t, int64_t, const std::optional<std::string>&>(),
            nb::arg("kv"), nb::arg("n_kv_heads"), nb::arg("head_dim"), nb::arg("isa") = nb::none())
+      .def("clone", &KvCache::clone, nb::rv_policy::take_ownership)
       .def("grow", &KvCache::grow, nb::arg("blocks"))
       .def("copy", &KvCache::copy, nb::arg("store"), nb::arg("from_").noconvert(),
            nb::arg("to").noconvert())

@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -70,10 +71,10 @@ void read_labels(const std::string& where, const nb::dict& kv, int64_t head_dim,
   layout.channels = static_cast<int64_t>(channels.shape(1));
   require(channels.shape(0) == rows && scales.shape(0) == rows &&
               scales.shape(1) == channels.shape(1) && layout.channels > 0 &&
-              layout.channels % 4 == 0 && layout.channels <= head_dim,
+              layout.channels % 4 == 0 && layout.channels <= std::min(head_dim, kMaxLabelChannels),
           where + ": `kv.channels` and `kv.scales` must be [" + text(static_cast<int64_t>(rows)) +
-              ", a multiple of 4 up to head_dim], got " + shape_text(channels) + " and " +
-              shape_text(scales));
+              ", a multiple of 4 up to head_dim and " + text(kMaxLabelChannels) + "], got " +
+              shape_text(channels) + " and " + shape_text(scales));
   for (size_t i = 0; i < channels.size(); ++i) {
     require_range(where + ": `kv.channels`", channels.data()[i], 0, head_dim - 1);
     require(std::isfinite(scales.data()[i]) && scales.data()[i] > 0,
@@ -102,10 +103,11 @@ void check_tables(const std::string& where, const CacheArrays& a, int64_t b,
     const int64_t blocks = last / (store.format == kLabels ? kLabelTokens : kBlock) + 1;
     const int64_t at = static_cast<int64_t>(s) * a.sequences() + b;
     const int32_t* table = a.block_tables.data() + at * max_blocks;
-    for (int64_t j = 0; j < blocks; ++j)
-      require_range(where + ": block_tables[" + text(static_cast<int64_t>(s)) + ", " + text(b) +
-                        ", " + text(j) + "]",
-                    table[j], 0, store.blocks - 1);
+    for (int64_t j = 0; j < blocks; ++j)  // no text for every block that is right
+      if (table[j] < 0 || table[j] >= store.blocks)
+        require_range(where + ": block_tables[" + text(static_cast<int64_t>(s)) + ", " + text(b) +
+                          ", " + text(j) + "]",
+                      table[j], 0, store.blocks - 1);
   }
 }
 

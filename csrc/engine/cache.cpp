@@ -35,6 +35,17 @@ Cache::Cache(KvLayout layout, int64_t head_dim) : layout_(std::move(layout)) {
   }
 }
 
+Cache::Cache(const Cache& other)
+    : layout_(other.layout_),
+      block_bytes_(other.block_bytes_),
+      seals_(other.seals_),
+      lists_(other.lists_) {
+  for (const Memory& each : other.memory_) {
+    memory_.emplace_back(each.size());
+    std::memcpy(memory_.back().data(), each.data(), each.size());
+  }
+}
+
 void Cache::grow(const std::vector<int64_t>& blocks) {
   std::vector<Memory> larger(memory_.size());
   for (size_t i = 0; i < memory_.size(); ++i)

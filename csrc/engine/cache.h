@@ -108,6 +108,8 @@ class Cache {
  public:
   // Throws std::bad_alloc.
   Cache(KvLayout layout, int64_t head_dim);
+  Cache(const Cache& other);
+  Cache& operator=(const Cache&) = delete;
 
   // Stores of so many blocks, no fewer than they have. Throws std::bad_alloc, and is then as it
   // was.

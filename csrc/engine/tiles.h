@@ -36,8 +36,8 @@ struct Tiles {
   std::vector<Tile> tiles;  // longest context first
   std::vector<Item> items;
   int64_t partial_floats = 0;
-  bool alone =
-      true;  // one item per row of every sequence: it can store its keys and attend at once
+  // One item per row of every sequence: it can store its keys and attend at once.
+  bool alone = true;
 
   // The next `count` rows, which follow `position` tokens of a sequence. `by_block`: tiles do not
   // cross a block of the cache.

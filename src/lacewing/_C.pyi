@@ -215,7 +215,7 @@ KV_SEALED_FROM: dict[str, str]
 
 KV_SIZES: dict[str, int]
 """What both sides of the module count with, in tokens: `block`, `label_block`, `merge_rows`,
-`merge_least`; `recent`: blocks that sealed formats read as they grew."""
+`merge_least`; `recent`: blocks that sealed formats read as they grew; `label_channels`: at most."""
 
 def kv_block_bytes(kv: str, head_dim: int) -> int:
     """Bytes of the keys and values of 16 tokens and one head."""
@@ -230,6 +230,9 @@ class KvCache:
     def __init__(
         self, kv: dict[str, Any], n_kv_heads: int, head_dim: int, isa: str | None = None
     ) -> None: ...
+    def clone(self) -> KvCache:
+        """One with the same contents, and memory of its own."""
+
     def grow(self, blocks: list[int]) -> None:
         """Stores of so many blocks, no fewer than they have; these keep their numbers."""
 
@@ -254,7 +257,8 @@ class KvCache:
         v `[rows, n_kv_heads, head_dim]`, rotated; None: they are stored already. The shape of q.
 
         window: a token sees itself and the window - 1 tokens before it; 0: all that the layout
-        says. `cached` and what follows: as of `Model.step`. threads: 0 takes the pool's default.
+        says. `cached` and what follows: as of `Model.step`; no block is in two places of a store's
+        tables, but for those that nobody reads. threads: 0 takes the pool's default.
         """
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lacewing import _C
+from lacewing.checkpoint.kvplan_values import MOST_CHANNELS
 from lacewing.kv import choice
 from lacewing.kv.blocks import BLOCK_SIZE
 
@@ -14,4 +15,5 @@ def test_both_sides_count_with_the_same_sizes() -> None:
         "recent": choice.RECENT,
         "merge_rows": choice.MERGE_ROWS,
         "merge_least": choice.MERGE_KEPT,
+        "label_channels": MOST_CHANNELS,
     }

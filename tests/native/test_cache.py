@@ -23,6 +23,18 @@ def layout(blocks: int = 4, **changes: Any) -> dict[str, Any]:
     return {"stores": [("f16", blocks, KV_HEADS)], "heads": heads, "topk": 0, **changes}
 
 
+def labelled(count: int, channel: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    """Heads that read what labels of `count` channels choose."""
+    heads = np.array([(0, h, -1, 0, 1, h, 0, 0, 0, 0) for h in range(KV_HEADS)], np.int32)
+    return {
+        "stores": [("f16", 4, KV_HEADS), ("labels", 1, KV_HEADS)],
+        "heads": heads,
+        "topk": 8,
+        "channels": np.full((KV_HEADS, count), channel, np.int32),
+        "scales": np.full((KV_HEADS, count), scale, np.float32),
+    }
+
+
 def numbers(tokens: int) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng(1)
     shapes = [(100, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS)]
@@ -95,6 +107,40 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
         made.step(**{**arguments(3, 0, 0, 1), **change})
 
 
+@pytest.mark.parametrize(
+    ("kv", "tables", "message"),
+    [
+        (labelled(8), [[0, 1], [1, 0]], r"block_tables\[1, 0, 0\] must be in 0\.\.0, got 1"),
+        (
+            layout(
+                stores=[("int8", 4, KV_HEADS), ("int4", 2, KV_HEADS)],
+                heads=np.array([(0, h, 1, h, -1, 0, 0, 0, 0, 0) for h in (0, 1)], np.int32),
+            ),
+            [[0, 1], [0, 2]],
+            r"block_tables\[1, 0, 1\] must be in 0\.\.1, got 2",
+        ),
+    ],
+)
+def test_wrong_tables(kv: dict[str, Any], tables: list[list[int]], message: str) -> None:
+    made = _C.KvCache(kv, KV_HEADS, D)
+    given = arguments(20, 0, 0, 1)
+    with pytest.raises(ValueError, match=message):
+        made.step(**{**given, "block_tables": np.array(tables, np.int32)[:, None]})
+
+
+def test_wrong_merged_tables() -> None:
+    made = _C.KvCache(layout(6), KV_HEADS, D)
+    given = arguments(70, 0, 0, 1, 2, 3, 4)
+    for keep, table, message in (
+        (40, [5, 5], r"merged_tables must have at least 3 columns for 40 tokens, got 2"),
+        (40, [5, 5, 6], r"merged_tables\[0, 2\] must be in 0\.\.5, got 6"),
+        (36, [5, 5, 5], r"keep\[0\] must be 0, or in 37\.\.70"),
+        (71, [5] * 5, r"keep\[0\] must be 0, or in 37\.\.70"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.step(**given, keep=ints(keep), merged_tables=np.array([table], np.int32))
+
+
 def test_wrong_blocks() -> None:
     made = _C.KvCache(layout(), KV_HEADS, D)
     for blocks, message in (
@@ -114,10 +160,11 @@ def test_wrong_blocks() -> None:
 
 
 def test_no_memory_changes_nothing() -> None:
-    made = _C.KvCache(layout(2), KV_HEADS, D)
+    kv = layout(stores=[("f16", 2, 1000)])  # heads that nobody reads
+    made = _C.KvCache(kv, KV_HEADS, D)
     expected = made.step(**arguments(20, 0, 1, 0))
     with pytest.raises(MemoryError):
-        made.grow([(1 << 27) - 1])
+        made.grow([(1 << 27) - 1])  # more than addresses have room for
     again = made.step(**{**arguments(20, 0, 1, 0), "k": None, "v": None})
     assert (again == expected).all()
 
@@ -130,6 +177,10 @@ def test_no_memory_changes_nothing() -> None:
         (layout(stores=[("f16", 4, 1)]), 2, D, "index must be in"),
         (layout(stores=[]), 2, D, "must not be empty"),
         (layout(topk=8), 2, D, "`kv.topk` and labels go together"),
+        (labelled(68), 2, 80, r"a multiple of 4 up to head_dim and 64\], got \[2, 68\]"),
+        (labelled(6), 2, D, "a multiple of 4 up to head_dim"),
+        (labelled(8, channel=20), 2, D, "`kv.channels` must be in 0..19, got 20"),
+        (labelled(8, scale=0.0), 2, D, "`kv.scales` must be positive and finite"),
         (layout(), 3, D, r"must be an i32 array \[3, 10\]"),
         (layout(), 0, D, "n_kv_heads must be in"),
         (layout(), 2, 1024, "head_dim must be in"),

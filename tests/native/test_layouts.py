@@ -436,7 +436,7 @@ def test_what_cannot_be_merged() -> None:
     for choice in (KvChoice("f16", topk=8, merge=0.2), KvChoice("f16", spans=True, merge=0.2)):
         with pytest.raises(RequestError, match="goes together with neither `topk` nor `plan`"):
             lay_out(spec, choice, plan_of(spec), CONTEXT)
-    with pytest.raises(RequestError, match="read everything, 6 of 7 read the last 7 tokens"):
+    with pytest.raises(RequestError, match="read everything, 6 of 7 have a sliding window"):
         lay_out(tiny_spec("gemma3"), parse_kv("merge:0.2"), None, CONTEXT)
     assert lay_out(tiny_spec("gemma3"), parse_kv("merge:0.2"), None, 7).merge == 0.2
 

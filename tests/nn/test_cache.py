@@ -3,6 +3,7 @@ whatever stands beside a sequence, and an error for what it cannot do."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -445,13 +446,86 @@ def test_a_kv_that_is_not_there(kv: str) -> None:
         LacewingCache(model_of("llama").config, kv)
 
 
+def test_a_plan_for_a_model_that_the_engine_does_not_read(tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="lacewing"
+    )
+    file = tmp_path / "plan.json"
+    KvPlan(spans=[[Span(16, 32)] * 4] * 2).save(file)
+    found = logits(model, prompt(1, LENGTH), LacewingCache(model.config, f"f32+plan:{file}"))
+    assert torch.isfinite(found).all()
+    KvPlan(spans=[[Span(16, 32)] * 3] * 2).save(file, force=True)
+    with pytest.raises(CheckpointError, match="a plan of another"):
+        logits(model, prompt(), LacewingCache(model.config, f"plan:{file}"))
+
+
+def mixed() -> Any:
+    """A gemma whose first layer reads everything."""
+    types = ["full_attention", "sliding_attention"]
+    model = tiny("gemma3", layer_types=types, max_position_embeddings=1024)
+    model.set_attn_implementation("lacewing")
+    return model
+
+
+def test_labels_beside_windows(tmp_path: Path) -> None:
+    """Layers with a window read it, whatever labels there are."""
+    KvPlan(labels=spans().labels).save(tmp_path / "plan.json")
+    model, tokens = mixed(), prompt(1, 600)
+    found, plain = (
+        logits(model, tokens, LacewingCache(model.config, kv))
+        for kv in (f"f16+topk:1/2@{tmp_path / 'plan.json'}", "f16")
+    )
+    assert torch.equal(found[:, :512], plain[:, :512])
+    assert not torch.equal(found, plain)
+
+
+def test_a_crop_that_is_refused_crops_no_layer() -> None:
+    model, tokens = mixed(), prompt(1, 100)
+    made = LacewingCache(model.config)
+    logits(model, tokens[:, :90], made)
+    first = logits(model, tokens[:, 90:], made)
+    with pytest.raises(RequestError, match="of 100 tokens cannot go back to 60"):
+        made.crop(60)
+    made.crop(90)
+    again = logits(model, tokens[:, 90:], made)
+    assert torch.equal(again, first)
+
+
+def test_a_copy_goes_on_from_one_prompt() -> None:
+    model, tokens = mixed(), prompt(1, LENGTH)
+    made = LacewingCache(model.config, "int8")
+    logits(model, tokens[:, :-2], made)
+    found = [logits(model, tokens[:, -2:], copy.deepcopy(made)) for _ in range(2)]
+    assert torch.equal(*found)
+    assert made.get_seq_length() == LENGTH - 2
+    assert torch.equal(logits(model, tokens[:, -2:], made), found[0])
+
+
+def test_guesses_are_not_merged() -> None:
+    """Prompt lookup puts them into the first call, which is what is merged."""
+    model = model_of("llama")
+    tokens = prompt(1, 40).repeat(1, 2)
+    with pytest.raises(RequestError, match="let go of or merged"):
+        model.generate(
+            tokens,
+            past_key_values=LacewingCache(model.config, "merge:0.6"),
+            prompt_lookup_num_tokens=3,
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=2,
+        )
+
+
 def test_what_cannot_be_merged() -> None:
+    with pytest.raises(RequestError, match="everything, 1 of 2 have a sliding window"):
+        LacewingCache(mixed().config, "merge:0.3")
     with pytest.raises(RequestError, match="`merge` needs a codec that stores tokens as they come"):
         LacewingCache(model_of("llama").config, "int4+merge:0.3")
 
 
 def test_labels_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"`topk` needs the labels .* no kvplan.json in"):
+    with pytest.raises(RequestError, match="`topk` needs the labels of this model"):
         LacewingCache(model_of("llama").config, "topk:1/16")
     with pytest.raises(CheckpointError, match=r"nothing\.json"):
         LacewingCache(model_of("llama").config, f"topk:1/16@{tmp_path / 'nothing.json'}")
@@ -469,7 +543,8 @@ def test_a_plan_of_another_model(
     saved: Path, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.json"
-    KvPlan({**spans().model, **change}).save(file)
+    every = [[Span(16, 32)] * 2] * change.get("layers", 2)
+    KvPlan({**spans().model, **change}, spans=every).save(file)
     config = transformers.AutoConfig.from_pretrained(saved)
     with pytest.raises(CheckpointError, match=message):
         LacewingCache(config, f"plan:{file}")

@@ -3,6 +3,7 @@ tokens were cut into steps, whatever stands beside it, and with every way of sto
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ def plan_of(model: dict[str, Any] | None = None) -> KvPlan:
 
 def layer(kv: str, batch: int = 1, window: int = 0, **options: Any) -> PagedLayer:
     shape = LayerShape("llama", KV_HEADS, D, window)
-    plan = plan_of() if "plan" in kv or "topk" in kv else None
+    plan = plan_of()
+    plan = KvPlan({}, plan.labels, plan.spans if "plan" in kv else None)
     return PagedLayer(shape, parse_kv(kv), plan, batch, **options)
 
 
@@ -76,10 +78,12 @@ def feed(
 @pytest.mark.parametrize("window", [0, 9, 40])
 @pytest.mark.parametrize("kv", GROWING)
 def test_it_is_attention(kv: str, window: int, isa: str) -> None:
-    """`_C.attention`, which is compared with float64 in test_attention."""
+    """`_C.attention`, which is compared with float64 in test_attention. With a window, labels
+    choose nothing."""
     q, k, v = numbers(3, 70)
     starts = [0, 21, 3]
-    found = feed(layer(kv, 3, window, isa=isa), (q, k, v), 0, 70, starts)
+    policy = "+topk:1/8" if window else ""
+    found = feed(layer(kv + policy, 3, window, isa=isa), (q, k, v), 0, 70, starts)
     for b, start in enumerate(starts):
         alone = [each[b, start:] for each in (q, k, v)]
         table = np.arange(5, dtype=np.int32)
@@ -224,13 +228,27 @@ def test_copies_go_their_own_ways() -> None:
         assert (found[b] == feed(layer("int4"), mixed, 0, 90)[0, 40:]).all()
 
 
+@every_kv
+def test_a_deep_copy_goes_its_own_way(kv: str) -> None:
+    count = tokens_of(kv)
+    given, other = numbers(1, count), tuple(-each for each in numbers(1, count))
+    made = layer(kv)
+    feed(made, given, 0, count - 40)
+    twin = deepcopy(made)
+    feed(twin, other, count - 40, count)
+    expected = feed(layer(kv), given, 0, count)[:, count - 40 :]
+    assert (feed(made, given, count - 40, count) == expected).all()
+    twin.crop(count - 40)
+    assert (feed(twin, given, count - 40, count) == expected).all()
+
+
 @pytest.mark.parametrize("kv", ["f16", "int4", "int8+topk:1/8"])
 def test_other_queries_over_the_same_keys(kv: str) -> None:
     q, k, v = numbers(2, 90)
     other = q[:, ::-1].copy()
     made, expected = layer(kv, 2), feed(layer(kv, 2), (other, k, v), 0, 90, [0, 9])
     feed(made, (q, k, v), 0, 60, [0, 9])
-    assert (made.attend(other[:, :60], SCALE, 1) == expected[:, :60]).all()
+    assert (made.attend(other[:, :60], SCALE, 3) == expected[:, :60]).all()
     feed(made, (q, k, v), 60, 90, [0, 9])
     assert (made.attend(other[:, 60:], SCALE, 1) == expected[:, 60:]).all()
 
@@ -292,6 +310,29 @@ def test_short_prompts_are_not_merged() -> None:
     for begin, stop in ((0, 60), (60, 70)):
         found = feed(made, given, begin, stop)
         assert (found == feed(plain, given, begin, stop)).all()
+
+
+def test_a_merge_that_fails_is_taken_back() -> None:
+    given = numbers(1, 110)
+    made = layer("f16+merge:0.5")
+    with pytest.raises(RequestError, match="scale must be positive"):
+        made.step(*(each[:, :100] for each in given), [0], float("nan"), 1)
+    assert made.length == 0
+    found = feed(made, given, 0, 100), feed(made, given, 100, 110)
+    other = layer("f16+merge:0.5")
+    assert (found[0] == feed(other, given, 0, 100)).all()
+    assert (found[1] == feed(other, given, 100, 110)).all()
+
+
+def test_other_queries_that_fail_change_nothing() -> None:
+    given = numbers(1, 60)
+    made = layer("int4")
+    feed(made, given, 0, 40)
+    with pytest.raises(RequestError, match="scale must be positive"):
+        made.attend(given[0][:, :40], 0.0, 1)
+    assert made.length == 40
+    expected = feed(layer("int4"), given, 0, 60)[:, 40:]
+    assert (feed(made, given, 40, 60) == expected).all()
 
 
 # -- Memory ---------------------------------------------------------------------------------------
@@ -366,7 +407,7 @@ def test_a_plan_of_another_layer() -> None:
 
 def test_kv_that_a_layer_cannot_have() -> None:
     shape = LayerShape("llama", KV_HEADS, D, 30)
-    with pytest.raises(RequestError, match="`merge` needs layers that read everything"):
+    with pytest.raises(RequestError, match="everything, 1 of 1 have a sliding window"):
         PagedLayer(shape, parse_kv("merge:0.5"), None, 1)
     with pytest.raises(RequestError, match="needs the labels of this model"):
         PagedLayer(shape, parse_kv("topk:1/8"), None, 1)

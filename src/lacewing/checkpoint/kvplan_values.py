@@ -18,6 +18,7 @@ from lacewing.checkpoint.files import fail, shown
 __all__ = [
     "BLOCK",
     "EVERYTHING",
+    "MOST_CHANNELS",
     "Labels",
     "Span",
     "check_keys",
@@ -32,6 +33,8 @@ __all__ = [
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
+MOST_CHANNELS = 64
+"""Of a key, that are labels: as many as the kernels take."""
 BLOCK = 16
 """Tokens of a block of the cache."""
 
@@ -181,8 +184,9 @@ def check_labels(labels: Labels, model: Mapping[str, Any]) -> None:
         fail("`labels`", "a scale for each channel", f"{channels.shape} and {scales.shape}")
     layers, heads, r = channels.shape
     head_dim = model.get("head_dim", 1 << 20)
-    if not channels.size or r % 4 or r > head_dim:
-        fail("`labels`", f"a multiple of 4 channels, at most {model.get('head_dim', 'all')}", r)
+    most = min(head_dim, MOST_CHANNELS)
+    if not channels.size or r % 4 or r > most:
+        fail("`labels`", f"a multiple of 4 channels, at most {most}", r)
     wanted = (model.get("layers", layers), model.get("kv_heads", heads))
     if (layers, heads) != wanted:
         fail("`labels`", f"{wanted[0]} layers of {wanted[1]} KV heads", f"{layers} of {heads}")

@@ -27,6 +27,7 @@ from lacewing.checkpoint.kvplan import (
     fingerprint,
     kept_blocks,
 )
+from lacewing.checkpoint.kvplan_values import MOST_CHANNELS
 from lacewing.compress.checks import fail
 from lacewing.compress.data import Windows, read_windows
 from lacewing.compress.decoder import Decoder
@@ -195,9 +196,10 @@ def _place(source: Source, out: str | os.PathLike[str] | None, force: bool) -> P
 
 def _label_count(spec: DecoderSpec, labels: int | None) -> int:
     """A quarter of the channels, rounded down to a multiple of 4, if nothing is said."""
-    r = max(4, spec.head_dim // 16 * 4) if labels is None else labels
-    if type(r) is not int or r % 4 or not 4 <= r <= spec.head_dim:
-        fail("labels", f"a multiple of 4 channels, 4 to {spec.head_dim // 4 * 4}", r)
+    most = min(spec.head_dim // 4 * 4, MOST_CHANNELS)
+    r = min(most, max(4, spec.head_dim // 16 * 4)) if labels is None else labels
+    if type(r) is not int or r % 4 or not 4 <= r <= most:
+        fail("labels", f"a multiple of 4 channels, 4 to {most}", r)
     return r
 
 

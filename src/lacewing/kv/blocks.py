@@ -125,11 +125,11 @@ class BlockManager:
                 free.append(spare.pop())
         return True
 
-    def place(self, tables: Tables, start: int, stop: int) -> None:
+    def place(self, tables: Tables, start: int, stop: int) -> bool:
         """Gives the tokens up to `stop` their blocks, before the rows `[start, stop)` are computed;
-        what they and later rows do not read makes room."""
+        what they and later rows do not read makes room. False: they have them already."""
         if self.covers(tables, stop):
-            return
+            return False
         for i, store in enumerate(self.stores):
             table, spare, kept = tables.tables[i], tables.spare[i], tables.kept[i]
             if store.keep is not None:
@@ -138,6 +138,7 @@ class BlockManager:
             for _ in range(store.blocks(stop) - len(table)):
                 table.append(spare.pop())
         tables.start = start
+        return True
 
     def covers(self, tables: Tables, tokens: int) -> bool:
         """Whether so many tokens have their blocks."""
@@ -172,6 +173,11 @@ class BlockManager:
         it. Only where there is one store, which keeps all."""
         for _ in range(self.stores[0].blocks(keep)):
             tables.merged.append(tables.spare[0].pop())
+
+    def cancel_merge(self, tables: Tables) -> None:
+        """Takes `begin_merge` back, after a step that failed."""
+        while tables.merged:
+            tables.spare[0].append(tables.merged.pop())
 
     def end_merge(self, tables: Tables, tokens: int) -> None:
         """The prompt is merged: the blocks that held it go back, but for those that a sequence of

@@ -26,7 +26,7 @@ from lacewing.kv.choice import (
 if TYPE_CHECKING:
     from lacewing.models import AttentionShape
 
-__all__ = ["LABELS", "KvLayout", "find_plan", "lay_out"]
+__all__ = ["LABELS", "KvLayout", "check_choice", "check_mergeable", "find_plan", "lay_out"]
 
 LABELS = "labels"
 _NONE = (-1, 0)
@@ -82,7 +82,7 @@ class KvLayout:
         return sum(self._block_bytes(p) * heads * store.total for (p, heads), store in pairs)
 
     def native(self, stores: Sequence[Store]) -> dict[str, Any]:
-        """What `_C.Model` has to know."""
+        """What `_C.Model` and `_C.KvCache` have to know."""
         pairs = zip(self.stores.items(), stores, strict=True)
         labels = {} if self.channels is None else {"channels": self.channels, "scales": self.scales}
         return {
@@ -102,31 +102,21 @@ class KvLayout:
 def lay_out(spec: AttentionShape, choice: KvChoice, plan: KvPlan | None, context: int) -> KvLayout:
     """The stores of `choice`. plan: spans of the heads, or labels.
 
-    Raises `RequestError` if labels or spans are asked for and `plan` has none, or if what is to be
-    merged is sealed, or not all of it is read.
+    Raises `RequestError` as `check_choice`, and if what is to be merged is not all read.
     """
+    check_choice(choice, plan)
     if choice.merge is not None:
-        _check_merge(spec, choice, context)
-    if choice.topk and (plan is None or plan.labels is None):
-        raise RequestError(
-            "`topk` needs the labels of this model, and there are none",
-            hint="lacewing calibrate-kv MODEL --data TEXT",
-        )
-    if choice.spans and (plan is None or plan.spans is None):
-        raise RequestError(
-            f"`{choice.file}` has no spans",
-            hint="lacewing calibrate-kv MODEL --data TEXT --budget 0.4",
-        )
-    layout = KvLayout(choice.topk, head_dim=spec.head_dim, merge=choice.merge)
+        check_mergeable([0 < window < context for window in spec.windows])
+    layout = KvLayout(0, head_dim=spec.head_dim, merge=choice.merge)
     for i, own in enumerate(spec.windows):
         window = own if own < context else 0
         for head in range(spec.n_kv_heads):
             span = plan.spans[i][head] if choice.spans and plan and plan.spans else None
             layout.rows.append(_head(layout, choice, window, None if window else span))
-    if choice.topk:
+    if StorePlan(LABELS) in layout.stores:
         assert plan is not None
         assert plan.labels is not None
-        rows = len(layout.rows)
+        layout.topk, rows = choice.topk, len(layout.rows)
         layout.channels = np.ascontiguousarray(plan.labels.channels.reshape(rows, -1), np.int32)
         layout.scales = np.ascontiguousarray(plan.labels.scales.reshape(rows, -1), np.float32)
     return layout
@@ -144,7 +134,21 @@ def find_plan(kv: str, model: Path | None = None) -> KvPlan | None:
     return None if path is None else KvPlan.load(path)
 
 
-def _check_merge(spec: AttentionShape, choice: KvChoice, context: int) -> None:
+def check_choice(choice: KvChoice, plan: KvPlan | None) -> None:
+    """Raises `RequestError` if labels or spans are asked for and `plan` has none, or for what does
+    not go together with merging."""
+    if choice.topk and (plan is None or plan.labels is None):
+        raise RequestError(
+            "`topk` needs the labels of this model, and there are none",
+            hint="lacewing calibrate-kv MODEL --data TEXT --out FILE, and `topk:1/16@FILE`",
+        )
+    if choice.spans and (plan is None or plan.spans is None):
+        raise RequestError(
+            f"`{choice.file}` has no spans",
+            hint="lacewing calibrate-kv MODEL --data TEXT --budget 0.4",
+        )
+    if choice.merge is None:
+        return
     if choice.growing != choice.codec:
         raise RequestError(
             f"`merge` needs a codec that stores tokens as they come, got `{choice.codec}`",
@@ -152,11 +156,14 @@ def _check_merge(spec: AttentionShape, choice: KvChoice, context: int) -> None:
         )
     if choice.topk or choice.spans:
         raise RequestError("`merge` goes together with neither `topk` nor `plan`")
-    windows = [window for window in spec.windows if 0 < window < context]
-    if windows:
+
+
+def check_mergeable(windows: Sequence[bool]) -> None:
+    """windows: of every layer, whether it has one. Raises `RequestError`."""
+    if any(windows):
         raise RequestError(
-            f"`merge` needs layers that read everything, {len(windows)} of {spec.n_layers} read "
-            f"the last {min(windows)} tokens",
+            f"`merge` needs layers that read everything, {sum(windows)} of {len(windows)} have a "
+            "sliding window",
             hint="another policy, such as `topk`",
         )
 

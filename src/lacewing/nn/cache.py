@@ -13,7 +13,7 @@ made. Raises LacewingError where transformers is missing or too old.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 
 from lacewing.checkpoint import open_source
 from lacewing.checkpoint.kvplan import KvPlan, fingerprint
-from lacewing.errors import RequestError
+from lacewing.errors import CheckpointError, RequestError, UnsupportedModelError
 from lacewing.kv.choice import KvChoice, parse_kv
-from lacewing.kv.layout import find_plan, lay_out
+from lacewing.kv.layout import check_choice, check_mergeable, find_plan
 from lacewing.native import check_isa
 from lacewing.nn.masks import (
     AttentionInterface,
@@ -60,10 +60,11 @@ class LacewingCache(_Cache):
     neither full nor sliding-window attention; CheckpointError for a plan of another model;
     UnsupportedCpuError.
 
-    Memory grows with the sequences, by a 16th. Beam search, assisted decoding and left padding are
-    fine; `crop` goes back to any length with a codec that grows and no windows, else to what the
-    last call added. Every other mask than causal with left padding, gradients, and attention with
-    soft caps, sinks or biases raise RequestError. `bytes` is what the blocks take.
+    Memory grows with the sequences, by a 16th. Beam search, assisted decoding, left padding and
+    `copy.deepcopy` are fine; `crop` goes back to any length with a codec that grows and no windows,
+    else into the last call, or the last of its pieces of 512 tokens, and never into a prompt that
+    was merged. Every other mask than causal with left padding, gradients, and attention with soft
+    caps, sinks or biases raise RequestError. `bytes` is what the blocks take.
     """
 
     def __init__(self, config: Any, kv: str = "f16", isa: str | None = None) -> None:
@@ -76,8 +77,9 @@ class LacewingCache(_Cache):
             )
         choice = parse_kv(kv)
         plan, model_type = _find_plan(config, text.model_type, kv)
-        if choice.merge:
-            lay_out(LayerShape(model_type, 1, 16, 0), choice, None, 1)
+        check_choice(choice, plan)
+        if choice.merge is not None:
+            check_mergeable([kind == "sliding_attention" for kind in kinds])
         shared = bool(getattr(text, "num_kv_shared_layers", 0))
         if shared and choice.merge:
             raise RequestError("`merge` needs layers that have keys of their own")
@@ -86,6 +88,13 @@ class LacewingCache(_Cache):
         self.kv = kv
         self._layers = [_Layer(made, each) for each in plans]
         super().__init__(layers=list(self._layers))
+
+    def crop(self, tokens: int) -> None:
+        """All layers, or none: see `_Layer.crop`."""
+        for layer in self._layers:
+            if layer.paged is not None and tokens:
+                layer.paged.check_crop(_cropped(layer.paged, tokens))
+        super().crop(tokens)
 
     @property
     def bytes(self) -> int:
@@ -103,18 +112,18 @@ def _layer_kinds(config: Any) -> list[str]:
 def _find_plan(config: Any, model_type: str, kv: str) -> tuple[KvPlan | None, str]:
     """The plan that `kv` asks for, checked against the model's files where they are here, and what
     the model calls itself in a plan. Raises RequestError, CheckpointError."""
-    home = Path(getattr(config, "_name_or_path", "") or ".no-such-directory")
+    name = getattr(config, "_name_or_path", "")
+    home = Path(name) if name else None
     plan = find_plan(kv, home)
-    if plan is None and parse_kv(kv).topk:
-        raise RequestError(
-            f"`topk` needs the labels of this model, there is no kvplan.json in {str(home)!r}",
-            hint="lacewing calibrate-kv MODEL --data TEXT --out FILE, and `topk:1/16@FILE`",
-        )
-    if plan is None or not (home / "config.json").is_file():
+    if plan is None or home is None or not (home / "config.json").is_file():
         return plan, model_type
-    source = open_source(home)
-    plan.check(source.spec, fingerprint(source.tensors))
-    return plan, source.spec.model_type
+    try:
+        source = open_source(home)
+        spec = source.spec
+    except (CheckpointError, UnsupportedModelError):  # what transformers reads, and we do not
+        return plan, model_type
+    plan.check(spec, fingerprint(source.tensors))
+    return plan, spec.model_type
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,8 @@ class _Layer(_Mixin):
     def __init__(self, made: _Made, plan: KvPlan | None) -> None:
         super().__init__()
         self._made, self._plan = made, plan
-        self._shape: tuple[int, int, int] | None = None  # batch, n_kv_heads, head_dim
+        # batch, n_kv_heads, head_dim, until the first attention tells the window
+        self._shape: tuple[int, int, int] | None = None
         self.paged: PagedLayer | None = None
 
     @property
@@ -158,28 +168,29 @@ class _Layer(_Mixin):
                 "LacewingCache: keys and values must have the same shape, got "
                 f"{list(key_states.shape)} and {list(value_states.shape)}"
             )
-        if self._shape is None:
+        if self.paged is None:
             self.lazy_initialization(key_states, value_states)
-        batch, heads, head_dim = self._known()
-        if (key_states.shape[0], key_states.shape[1], key_states.shape[3]) != self._known():
-            raise RequestError(
-                f"LacewingCache: keys must be [{batch}, {heads}, tokens, {head_dim}] as before, "
-                f"got {list(key_states.shape)}",
-                hint="a new batch begins with cache.reset()",
-            )
+        else:
+            self._check_sizes(self.paged, key_states)
         keys = key_states.as_subclass(_Keys)
         keys.step = _Step(self, key_states, value_states)
         return keys, value_states
 
-    def _known(self) -> tuple[int, int, int]:
-        assert self._shape is not None
-        return self._shape
+    @staticmethod
+    def _check_sizes(paged: PagedLayer, keys: torch.Tensor) -> None:
+        batch, heads, head_dim = paged.batch, paged.shape.n_kv_heads, paged.shape.head_dim
+        if (keys.shape[0], keys.shape[1], keys.shape[3]) != (batch, heads, head_dim):
+            raise RequestError(
+                f"LacewingCache: keys must be [{batch}, {heads}, tokens, {head_dim}] as before, "
+                f"got {list(keys.shape)}",
+                hint="a new batch begins with cache.reset()",
+            )
 
     def for_window(self, window: int) -> PagedLayer:
         """The cache. Raises RequestError if it was made for another sliding window."""
-        batch, heads, head_dim = self._known()
         if self.paged is None:
-            made = self._made
+            assert self._shape is not None
+            made, (batch, heads, head_dim) = self._made, self._shape
             shape = LayerShape(made.model_type, heads, head_dim, window)
             self.paged = PagedLayer(shape, made.choice, self._plan, batch, made.shared, made.isa)
         if self.paged.shape.window != window:
@@ -208,13 +219,11 @@ class _Layer(_Mixin):
         """To its first `tokens`, or without its last `-tokens`; 0 does nothing. transformers has
         asked both ways."""
         if self.paged is not None and tokens:
-            length = self.paged.length
-            self.paged.crop(min(length, tokens) if tokens > 0 else max(0, length + tokens))
+            self.paged.crop(_cropped(self.paged, tokens))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self.paged is not None:
             self.paged.select(beam_idx.reshape(-1).tolist())
-            self._shape = (self.paged.batch, *self._known()[1:])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.paged is not None:
@@ -231,6 +240,10 @@ class _Layer(_Mixin):
         """There is only the CPU."""
 
 
+def _cropped(paged: PagedLayer, tokens: int) -> int:
+    return min(paged.length, tokens) if tokens > 0 else max(0, paged.length + tokens)
+
+
 @dataclass
 class _Step:
     """New tokens of a layer: keys and values `[batch, n_kv_heads, tokens, head_dim]`."""
@@ -238,7 +251,7 @@ class _Step:
     layer: _Layer
     keys: torch.Tensor
     values: torch.Tensor
-    stored: bool = field(default=False)
+    stored: bool = False
 
     @property
     def length(self) -> int:

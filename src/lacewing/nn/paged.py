@@ -8,6 +8,7 @@ them, and memory grows with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,7 +100,7 @@ class PagedLayer:
         self._share, self._most = choice.merge, _ENDLESS if whole else _PIECE
         self._layout = lay_out(shape, choice, plan, _ENDLESS)
         stores = [Store(1, p.block_tokens, p.keep) for p in self._layout.stores]
-        self._blocks = BlockManager(stores, self._most)
+        self._blocks = BlockManager(stores)
         kv = self._layout.native(stores)
         heads = shape.n_kv_heads, shape.head_dim
         self._native: Any = _checked(compiled().KvCache, kv, *heads, isa)
@@ -123,7 +124,7 @@ class PagedLayer:
         """Adds columns, and attends them. q `[batch, columns, n_heads, head_dim]`, k and v
         `[batch, columns, n_kv_heads, head_dim]`, rotated; starts: of each sequence, the column of
         its first token, which may move until there is one. Returns the shape of q, zeros where
-        there is padding. Raises RequestError, and is then as it was.
+        there is padding. Raises RequestError; of a long prompt, pieces that are complete stay.
         """
         self._check_starts(starts)
         stop = self.length + q.shape[1]
@@ -139,9 +140,13 @@ class PagedLayer:
             here = slice(begin, end)
             last = keep if end == q.shape[1] and any(keep) else None
             self._place(self.length + end - begin, last)
-            found[:, here] = self._attend(
-                q[:, here], scale, threads, (k[:, here], v[:, here]), last
-            )
+            new = k[:, here], v[:, here]
+            try:
+                found[:, here] = self._attend(self.length, q[:, here], scale, threads, new, last)
+            except RequestError:
+                for row in self._rows:
+                    self._blocks.cancel_merge(row.tables)
+                raise
             self.length += end - begin
             if last is not None:
                 self._end_merge(last)
@@ -157,20 +162,22 @@ class PagedLayer:
                 "a LacewingCache has let go of keys that another layer still attends",
                 hint='kv="f16" keeps them, but for sliding windows; or compute prompts in pieces',
             )
-        self.length = first
-        found = self._attend(q, scale, threads)
-        self.length += q.shape[1]
-        return found
+        return self._attend(first, q, scale, threads)
 
-    def crop(self, length: int) -> None:
-        """Forgets all columns but the first `length`. Raises RequestError, and is then as it was,
-        if what the next ones read is not there any more."""
+    def check_crop(self, length: int) -> None:
+        """Raises RequestError if what the columns behind `length` read is not there any more."""
         if not all(self._may_rewind(row, length) for row in self._rows):
             raise RequestError(
                 f"a LacewingCache of {self.length} tokens cannot go back to {length}: what the "
                 "next ones would read is let go of or merged",
                 hint='kv="f16" keeps it, but for sliding windows',
             )
+
+    def crop(self, length: int) -> None:
+        """Forgets all columns but the first `length`. Raises as `check_crop`, and is then as it
+        was."""
+        length = min(length, self.length)
+        self.check_crop(length)
         for row in self._rows:
             if row.tokens(length) == 0:
                 row.prompt = row.dropped = 0
@@ -201,6 +208,13 @@ class PagedLayer:
         ]
         self._stacked = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
+        """With blocks of its own: transformers' way to go on twice from one prompt."""
+        made = copy(self)
+        made._native = _checked(self._native.clone)
+        made._blocks, made._rows = deepcopy(self._blocks, memo), deepcopy(self._rows, memo)
+        return made
+
     # -- steps ------------------------------------------------------------------------------------
 
     def _check_starts(self, starts: Sequence[int]) -> None:
@@ -223,22 +237,22 @@ class PagedLayer:
 
     def _place(self, stop: int, keep: Sequence[int] | None) -> None:
         for i, row in enumerate(self._rows):
-            if not self._blocks.covers(row.tables, row.cached(stop)):
-                self._blocks.place(row.tables, row.cached(self.length), row.cached(stop))
+            if self._blocks.place(row.tables, row.cached(self.length), row.cached(stop)):
                 self._stacked = None
             if keep is not None:
                 self._blocks.begin_merge(row.tables, keep[i])
 
     def _attend(
         self,
+        first: int,
         q: Floats,
         scale: float,
         threads: int,
         new: tuple[Floats, Floats] | None = None,
         keep: Sequence[int] | None = None,
     ) -> Floats:
-        """Of the columns behind `self.length`; new: their keys and values, None: they are there."""
-        columns = np.arange(self.length, self.length + q.shape[1])
+        """Of the columns from `first` on; new: their keys and values, None: they are there."""
+        columns = np.arange(first, first + q.shape[1])
         real = columns >= np.array([[row.start] for row in self._rows])
         found = np.zeros(q.shape, np.float32)
         if not real.any():
@@ -254,7 +268,7 @@ class PagedLayer:
             v,
             scale,
             self.shape.window,
-            np.array([row.cached(self.length) for row in self._rows], np.int32),
+            np.array([row.cached(first) for row in self._rows], np.int32),
             self._stacked,
             np.cumsum([0, *real.sum(1)], dtype=np.int32),
             None if keep is None else np.array(keep, np.int32),
