@@ -405,3 +405,14 @@ def test_one_model_has_one_fingerprint_whatever_it_is_rounded_to(tmp_path: Path)
     rounded = {name: bf16_to_f32(f32_to_bf16(values)) for name, values in weights.items()}
     halves = open_source(build.write_hub(tmp_path / "bf16-hub", config, rounded, "BF16"))
     assert fingerprint(halves.tensors) == print_of_source
+
+
+def test_no_more_labels_than_the_kernels_take() -> None:
+    for count in (64, 68):
+        channels = np.tile(np.arange(count, dtype=np.int32), (1, 1, 1))
+        labels = Labels(channels, np.ones(channels.shape, np.float32))
+        if count == 64:
+            KvPlan({"head_dim": 128}, labels)
+            continue
+        with pytest.raises(CheckpointError, match="a multiple of 4 channels, at most 64, got 68"):
+            KvPlan({"head_dim": 128}, labels)
