@@ -144,13 +144,14 @@ using F16Kv = FloatKv<F16>;
 using Bf16Kv = FloatKv<Bf16Number>;
 using F32Kv = FloatKv<F32>;
 
-// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order; of
-// four tokens, `fours` = 0..3, the values' next `chunks` of 16 columns in order, then
-// `skip(chunks)`.
+// How attention reads the codes of an integer codec's block, 64 at a time: all keys in order,
+// kTogether of which are number 0, 1, ... of what is read at once; of four tokens, `fours` = 0..3,
+// the values' next `chunks` of 16 columns in order, then `skip(chunks)`.
 struct DenseKeys {
+  static constexpr int kTogether = 1;
   const uint8_t* at;
   template <class S>
-  LW_INLINE typename S::U8x64 next() {
+  LW_INLINE typename S::U8x64 next(int) {
     return S::load_u8((at += 64) - 64);
   }
 };

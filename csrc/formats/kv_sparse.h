@@ -18,10 +18,11 @@ namespace lacewing {
 namespace {
 
 struct SparseKeys {
+  static constexpr int kTogether = 1;
   const uint8_t* codes;
   const uint8_t* bitmap;
   template <class S>
-  LW_INLINE typename S::U8x64 next() {
+  LW_INLINE typename S::U8x64 next(int) {
     return S::expand(128, (bitmap += 8) - 8, codes);
   }
 };
@@ -88,7 +89,7 @@ struct Int8Sparse {
     __builtin_memcpy(growing, block, Int8Kv::kScales);
     auto key = keys(block, head_dim);
     uint8_t* to = growing + Int8Kv::keys_at(head_dim);
-    for (int64_t d = 0; d < head_dim; d += 4, to += 64) S::store_u8(to, key.template next<S>());
+    for (int64_t d = 0; d < head_dim; d += 4, to += 64) S::store_u8(to, key.template next<S>(0));
     auto value = values(block, head_dim);
     to = growing + Int8Kv::values_at(head_dim);
     for (int t = 0; t < 4; ++t)

@@ -5,7 +5,7 @@
 // them walks the tokens together, in batches whose sums fit the registers. A few queries read the
 // cache's blocks as they are and prefetch; for many, each span of a float codec is first widened to
 // f32 in L2, of a sparse one expanded. Integer codecs multiply integers: queries become int8,
-// weights 15 bits. What is computed for one query depends on its own tokens only, never on its
+// weights 0..128. What is computed for one query depends on its own tokens only, never on its
 // neighbours:
 //   - positions are cut at multiples of kSpan (one softmax update each) and kSegment (segments are
 //     independent of each other and merged in order, so they can be given to several threads);
@@ -83,7 +83,8 @@ class Tile {
   static int64_t limit(int64_t head_dim) {
     const int64_t pitch = pad_to(head_dim, 16);
     const int64_t shared = sizeof(Shared) + 64 + kSpanBlocks * F32Kv::block_bytes(head_dim);
-    const int64_t each = (3 * pitch + 32 + 2 * 16) * static_cast<int64_t>(sizeof(float));
+    const int64_t floats = query_floats(head_dim) + 2 * pitch + 32 + 2 * 16;
+    const int64_t each = floats * static_cast<int64_t>(sizeof(float));
     const int64_t fit = (static_cast<int64_t>(kAttentionScratch) - shared) / each / 12 * 12;
     return fit < kMaxTile ? fit : kMaxTile;
   }
@@ -96,10 +97,11 @@ class Tile {
         exponent_(a.scale * 1.44269504f) {
     direct_ = queries <= kDirect;
     pitch_ = pad_to(a.head_dim, 16);
+    query_pitch_ = query_floats(a.head_dim);
     cut_batches();
     float* at = reinterpret_cast<float*>(&s_ + 1);
     query_ = at;
-    segment_ = place(query_ + slots_ * pitch_);
+    segment_ = place(query_ + slots_ * query_pitch_);
     total_ = place(segment_.value + slots_ * pitch_);
     wide_ = reinterpret_cast<uint8_t*>(total_.value + slots_ * pitch_);
   }
@@ -139,14 +141,22 @@ class Tile {
  private:
   struct Shared {
     alignas(64) float score[12][kSpan];
-    alignas(64) uint8_t codes[12][kSpan * 2];  // of weights
-    float value_scale[kSpan], value_minimum[kSpan];
-    float rescale[16], weight_scale[16], weight_minimum[16];
+    alignas(64) uint8_t codes[12][kSpan];  // of weights
+    float value_scale[kSpan], value_zero[kSpan], key_unit[16];
+    float weight_scale[12][kSpanBlocks];
+    float rescale[16], weight_minimum[16];
+    alignas(64) int32_t powers[12][16];
+    float scale[12];
     float query_scale[kMaxTile + 12];
     int32_t query_sum[kMaxTile + 12];
     int64_t first[kMaxTile + 12], last[kMaxTile + 12];  // tokens attended, by slot
     Batch batches[kMaxTile];
   };
+
+  // Of one query: floats or codes; both, the codes of all behind the floats of all, with minima.
+  static int64_t query_floats(int64_t head_dim) {
+    return pad_to(head_dim, 16) + (Kv::kMinima ? pad_to(head_dim, 64) / 2 : 0);
+  }
 
   int64_t segment_end(int64_t begin) const {
     const int64_t next = (begin / kSegment + 1) * kSegment;
@@ -191,14 +201,19 @@ class Tile {
         const int64_t slot = batch.slot + i;
         const float* from = a_.q + row_of(slot) * a_.q_stride + head_of(slot) * a_.head_dim;
         if constexpr (Kv::kMinima) {
-          float* to = query_ + slot * pitch_;
-          for (int64_t d = 0; d < pitch_; ++d) to[d] = d < a_.head_dim ? from[d] : 0.0f;
+          float* to = query_ + batch.slot * query_pitch_ + i * pitch_;
+          for (int64_t d = 0; d < pitch_; ++d) to[d] = d < a_.head_dim ? from[d] * exponent_ : 0.0f;
+          auto* codes = reinterpret_cast<int16_t*>(codes_of(batch));
+          s_.query_scale[slot] =
+              exponent_ *
+              wide_query_codes<S>(from, a_.head_dim, codes + i * pad_to(a_.head_dim, 64));
         } else if constexpr (Kv::kInteger) {
-          s_.query_scale[slot] = query_codes<S>(from, a_.head_dim, batch.size,
-                                                codes_of(batch) + 4 * i, s_.query_sum + slot);
+          s_.query_scale[slot] =
+              exponent_ * query_codes<S>(from, a_.head_dim, batch.size, codes_of(batch) + 4 * i,
+                                         s_.query_sum + slot);
         } else {
-          float* to = query_ + batch.slot * pitch_ + i;
-          for (int64_t d = 0; d < a_.head_dim; ++d) to[d * batch.size] = from[d];
+          float* to = query_ + batch.slot * query_pitch_ + i;
+          for (int64_t d = 0; d < a_.head_dim; ++d) to[d * batch.size] = from[d] * exponent_;
           if (a_.head_dim % 2) to[a_.head_dim * batch.size] = 0.0f;  // keys may lie in pairs
         }
       }
@@ -206,7 +221,8 @@ class Tile {
   }
 
   int8_t* codes_of(const Batch& batch) const {
-    return reinterpret_cast<int8_t*>(query_ + batch.slot * pitch_);
+    float* to = query_ + batch.slot * query_pitch_ + (Kv::kMinima ? batch.size * pitch_ : 0);
+    return reinterpret_cast<int8_t*>(to);
   }
 
   // ---- tokens
@@ -260,7 +276,8 @@ class Tile {
       if constexpr (Kv::kInteger)
         S::store(s_.value_scale + b * kBlock, Kv::template value_scales<S>(span.block[b]));
       if constexpr (Kv::kMinima)
-        S::store(s_.value_minimum + b * kBlock, Kv::template value_minima<S>(span.block[b]));
+        S::store(s_.value_zero + b * kBlock, Kv::template value_zeros<S>(span.block[b]));
+      if constexpr (Kv::kMinima) s_.key_unit[b] = Kv::channel_unit(span.block[b]);
     }
     return span;
   }
@@ -278,14 +295,70 @@ class Tile {
     const int blocks = static_cast<int>((end - span.begin + kBlock - 1) / kBlock);
     float* score = s_.score[0];
     float* value = part.value + batch.slot * pitch_;
-    const Queries queries{query_ + batch.slot * pitch_, codes_of(batch),
-                          s_.query_scale + batch.slot, s_.query_sum + batch.slot};
-    const Weights weights{score, s_.codes[0], s_.weight_scale, s_.weight_minimum, s_.rescale};
+    const Queries queries{query_ + batch.slot * query_pitch_, codes_of(batch),
+                          Kv::kMinima ? s_.scale : s_.query_scale + batch.slot, s_.powers[0],
+                          s_.query_sum + batch.slot};
+    const Weights weights{score, s_.codes[0], s_.weight_scale[0], s_.weight_minimum, s_.rescale};
+    if constexpr (Kv::kMinima) bound_queries(batch, span);
     with_size<S, Direct>(batch.size, [&]<int N>() {
       score_span<S, SpanKv, N, Direct>(queries, span, blocks, a_.head_dim, score);
       weigh(part, index, N, span.begin, blocks * kBlock);
       add_values<S, SpanKv, N, Direct>(weights, span, blocks, a_.head_dim, value);
     });
+  }
+
+  // Scales for 8-bit codes of the queries times the scales of channels, from the largest scales in
+  // those of the span's blocks that a query attends.
+  void bound_queries(const Batch& batch, const Span& span) {
+    alignas(64) uint8_t largest[2 * kMaxHeadDim];
+    const int64_t wide = 2 * pad_to(a_.head_dim, 64);
+    const auto* query = reinterpret_cast<const uint8_t*>(codes_of(batch));
+    Unit top{};
+    for (int q = 0, from = 0, to = 0; q < batch.size; ++q, query += wide) {
+      const int64_t first = s_.first[batch.slot + q] - span.begin;
+      const int64_t stop = s_.last[batch.slot + q] + 1 - span.begin;
+      const int begin = first > 0 ? static_cast<int>(first / kBlock) : 0;
+      const int64_t blocks = (stop + kBlock - 1) / kBlock;
+      const int end = blocks < span.blocks ? static_cast<int>(blocks) : span.blocks;
+      if (q == 0 || begin != from || end != to)
+        top = largest_scales(span, begin, end, wide, largest);
+      from = begin, to = end;
+      auto bits = S::set1_i16(0);
+      for (int64_t c = 0; c < wide; c += 64)
+        bits =
+            S::or_u8(bits, S::abs_i16(S::mul_i16(S::load_u8(query + c), S::load_u8(largest + c))));
+      const int width = S::width_i16(bits), kept = width > 7 ? width : 7;
+      s_.scale[q] =
+          s_.query_scale[batch.slot + q] * top.value * static_cast<float>(1 << (kept + 9));
+      const float power = static_cast<float>(1 << (21 - kept)) * top.inverse;
+      S::store_i32(s_.powers[q], shares_of_unit(power));
+    }
+  }
+
+  struct Unit {
+    float value, inverse;
+  };
+  // Half of the channels' largest scales in some blocks of the span, in the unit that is returned.
+  Unit largest_scales(const Span& span, int begin, int end, int64_t wide, uint8_t* largest) const {
+    float unit = 0.0f;
+    for (int b = begin; b < end; ++b) unit = s_.key_unit[b] > unit ? s_.key_unit[b] : unit;
+    const float inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+    int32_t shares[16];
+    S::store_i32(shares, shares_of_unit(16384.0f * inverse));
+    for (int64_t c = 0; c < wide; c += 64) {
+      auto top = S::set1_i16(0);
+      for (int b = begin; b < end; ++b) {
+        const auto scales = S::load_u8(Kv::channel_scales(span.block[b]) + c);
+        top = S::max_i16(top, S::mul_i16(scales, S::set1_i16(static_cast<int16_t>(shares[b]))));
+      }
+      S::store_u8(largest + c, top);
+    }
+    return {unit, inverse};
+  }
+  // The units of the span's blocks, times a factor; at most 2^14.
+  typename S::I32x16 shares_of_unit(float factor) const {
+    const auto share = S::mul(S::load(s_.key_unit), S::set1(factor));
+    return S::to_i32(S::min(share, S::set1(16384.0f)));
   }
 
   // Tokens of the span outside of the slot's range get no weight.
@@ -295,12 +368,12 @@ class Tile {
     for (int64_t t = stop > 0 ? stop : 0; t < columns; ++t) score[t] = -__builtin_inff();
   }
 
-  // Scores become weights e^(scale (score - max)), for integer codecs codes of weight times the
-  // value's scale; s_.rescale is what older sums must be multiplied by.
+  // Scores become weights 2^(score - max), for integer codecs codes of weight times the value's
+  // scale; s_.rescale is what older sums must be multiplied by.
   void weigh(const Partial& part, int index, int size, int64_t begin, int64_t columns) {
     const int64_t slot = s_.batches[index].slot;
     float* maxima = part.max + 16 * index;
-    const auto old = S::load(maxima), factor = S::set1(exponent_);
+    const auto old = S::load(maxima);
     for (int q = 0; q < size; ++q) {
       float* score = s_.score[q];
       mask(score, slot + q, begin, columns);
@@ -308,36 +381,30 @@ class Tile {
       for (int64_t t = 0; t < columns; t += 16) largest = S::max(S::load(score + t), largest);
       maxima[q] = S::hmax(largest);
     }
-    S::store(s_.rescale, exp2_negative<S>(S::mul(S::sub(old, S::load(maxima)), factor)));
+    S::store(s_.rescale, exp2_negative<S>(S::sub(old, S::load(maxima))));
     for (int q = 0; q < size; ++q) {
       float* score = s_.score[q];
       const auto max = S::set1(maxima[q]);
       float* sum = part.weight + 16 * (slot + q);
-      auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q])), top = S::zero();
+      auto weight = S::mul(S::load(sum), S::set1(s_.rescale[q]));
       [[maybe_unused]] auto minimum = S::zero();
       for (int64_t t = 0; t < columns; t += 16) {
-        auto e = exp2_negative<S>(S::mul(S::sub(S::load(score + t), max), factor));
+        auto e = exp2_negative<S>(S::sub(S::load(score + t), max));
         weight = S::add(weight, e);
-        if constexpr (Kv::kMinima) minimum = S::fma(e, S::load(s_.value_minimum + t), minimum);
-        if constexpr (Kv::kInteger) {
-          e = S::mul(e, S::load(s_.value_scale + t));
-          top = S::max(e, top);
-        }
+        if constexpr (Kv::kInteger) e = S::mul(e, S::load(s_.value_scale + t));
+        if constexpr (Kv::kMinima) minimum = S::fma(e, S::load(s_.value_zero + t), minimum);
         S::store(score + t, e);
       }
       S::store(sum, weight);
       if constexpr (Kv::kMinima) s_.weight_minimum[q] = S::sum(minimum);
-      if constexpr (Kv::kInteger) s_.weight_scale[q] = S::hmax(top);
+      if constexpr (Kv::kInteger) S::hmax_rows(s_.weight_scale[q], score);
     }
-    if constexpr (Kv::kInteger)
-      for (int q = 0; q < size; ++q)
-        s_.weight_scale[q] = weight_codes<S>(s_.score[q], columns, s_.weight_scale[q], s_.codes[q]);
+    if constexpr (Kv::kInteger) weight_codes<S>(s_.score[0], size, s_.weight_scale[0], s_.codes[0]);
   }
 
   // total = total + part, both brought to the larger maximum.
   void merge(const Partial& total, const Partial& part) {
     float old_factor[16], new_factor[16];
-    const auto factor = S::set1(exponent_);
     const auto join = [&](float* t, const float* p, int q) {
       const auto kept = S::mul(S::load(t), S::set1(old_factor[q]));
       S::store(t, S::fma(S::load(p), S::set1(new_factor[q]), kept));
@@ -345,8 +412,8 @@ class Tile {
     for (int b = 0; b < batches_; ++b) {
       float *t = total.max + 16 * b, *p = part.max + 16 * b;
       const auto old = S::load(t), fresh = S::load(p), max = S::max(old, fresh);
-      S::store(old_factor, exp2_negative<S>(S::mul(S::sub(old, max), factor)));
-      S::store(new_factor, exp2_negative<S>(S::mul(S::sub(fresh, max), factor)));
+      S::store(old_factor, exp2_negative<S>(S::sub(old, max)));
+      S::store(new_factor, exp2_negative<S>(S::sub(fresh, max)));
       S::store(t, max);
       for (int q = 0; q < s_.batches[b].size; ++q) {
         const int64_t slot = s_.batches[b].slot + q;
@@ -372,8 +439,8 @@ class Tile {
   const AttentionArgs& a_;
   Shared& s_;
   const int64_t u0_, queries_;
-  const float exponent_;  // e^(scale x) = 2^(exponent x)
-  int64_t pitch_ = 0, slots_ = 0;
+  const float exponent_;  // of queries, so that e^(scale score) becomes 2^score
+  int64_t pitch_ = 0, query_pitch_ = 0, slots_ = 0;
   int64_t first_ = 0, stop_ = 0;  // tokens that some query attends; first_ begins a block
   int batches_ = 0;
   bool direct_ = false;

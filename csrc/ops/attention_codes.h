@@ -1,10 +1,15 @@
-// What attention over an integer KV codec multiplies: queries as int8, softmax weights as 15 bits.
+// What attention over an integer KV codec multiplies: queries as int8 or int16, softmax weights as
+// codes 0..128.
 #pragma once
 
+#include "formats/kv.h"
 #include "ops/quantize_rows.h"
 
 namespace lacewing {
 namespace {
+
+constexpr int64_t kSpan = 128;  // tokens of one softmax update
+constexpr int kSpanBlocks = kSpan / kBlock;
 
 // One query as int8, every fourth of `size` x 4 bytes of `to`. Returns the scale; *sum: of the
 // codes. A NaN counts as the lowest value.
@@ -27,22 +32,45 @@ float query_codes(const float* x, int64_t head_dim, int64_t size, int8_t* to, in
   return step;
 }
 
-// Weights of a span (the value's scales included) as codes for S::WideDot. The scale, which is
-// returned, is a power of two, so that rounding is all that is lost: the largest weight becomes
-// 2^14..2^15. Seven bits would lose the small weights beside the first token's, which is often
-// large. Weights below 2^-100 are nothing.
+// One query as int16, pad64(head_dim) of them in `to`. Returns the scale. A NaN counts as the
+// lowest value.
 template <class S>
-float weight_codes(const float* weight, int64_t columns, float largest, uint8_t* codes) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &largest, 4);
-  bits &= 0x7f800000;
-  float power;
-  __builtin_memcpy(&power, &bits, 4);
-  const bool none = power < 0x1p-100f;
-  const auto inverse = S::set1(none ? 0.0f : 0x1p14f / power);
-  for (int64_t t = 0; t < columns; t += 16)
-    S::WideDot::prepare(codes + 2 * t, S::mul(S::load(weight + t), inverse));
-  return none ? 0.0f : power * 0x1p-14f;
+float wide_query_codes(const float* x, int64_t head_dim, int16_t* to) {
+  auto largest = S::zero();
+  for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
+    largest = S::max(S::abs(load_lanes<S>(x + i, lanes)), largest);
+  });
+  const float amax = S::hmax(largest), inverse = 32767.0f / amax;
+  const bool none = !(inverse <= 3.402823466e38f);
+  __builtin_memset(to, 0, static_cast<size_t>(2 * pad_to(head_dim, 64)));
+  for_chunks(head_dim, [&](int64_t i, int64_t lanes) {
+    int32_t codes[16];
+    const auto scaled = S::mul(load_lanes<S>(x + i, lanes), S::set1(none ? 0.0f : inverse));
+    S::store_i32(codes, S::to_i32(S::min(S::max(scaled, S::set1(-32767.0f)), S::set1(32767.0f))));
+    for (int64_t j = 0; j < lanes; ++j) to[i + j] = static_cast<int16_t>(codes[j]);
+  });
+  return none ? 0.0f : amax / 32767.0f;
+}
+
+// Softmax weights (the value's scale included) [size][kSpan] as codes 0..128. Every block has a
+// scale of its own, or the small weights beside the first token's, which is often large, would be
+// lost. `largest` [size][kSpanBlocks] become scales. Weights below 2^-100 are nothing. Codes of
+// four blocks lie together, [kSpan/64][4][4 blocks][4 tokens], as S::to_u8 makes them.
+template <class S>
+void weight_codes(const float* weight, int size, float* largest, uint8_t* codes) {
+  alignas(64) float inverses[16];
+  for (int i = 0; i < size * kSpanBlocks; i += 16) {
+    const auto top = S::load(largest + i), least = S::set1(0x1p-100f);
+    S::store(inverses, S::select_gt(top, least, S::div(S::set1(128.0f), top), S::zero()));
+    S::store(largest + i, S::mul(top, S::set1(1.0f / 128.0f)));
+    for (int b = 0; b < 16 && i + b < size * kSpanBlocks; b += 4) {
+      const float* w = weight + (i + b) * kBlock;
+      const auto scaled = [&](int j) {
+        return S::mul(S::load(w + j * kBlock), S::set1(inverses[b + j]));
+      };
+      S::store_u8(codes + (i + b) * kBlock, S::to_u8(scaled(0), scaled(1), scaled(2), scaled(3)));
+    }
+  }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "formats/kv.h"
 #include "formats/kv_int4.h"
 #include "formats/kv_sparse.h"
+#include "ops/attention_codes.h"
 #include "ops/elementwise.h"
 #include "ops/limits.h"
 #include "ops/math.h"
@@ -14,9 +15,6 @@
 
 namespace lacewing {
 namespace {
-
-constexpr int64_t kSpan = 128;  // tokens of one softmax update
-constexpr int kSpanBlocks = kSpan / kBlock;
 
 // Blocks (of scores) or registers of columns (of values) that N queries take at once.
 template <class S, int N>
@@ -39,17 +37,18 @@ struct Span {
 
 // Queries of a batch as the scores want them: transposed, so that all offsets are constants.
 struct Queries {
-  const float* values;  // [head_dim][N]; with minima: [N][pad16(head_dim)]; else integer codecs:
-  const int8_t* codes;  // [pad4(head_dim)/4][N][4]
-  const float* scales;  // [N]
-  const int32_t* sums;  // [N], of codes
+  const float* values;    // [head_dim][N]; with minima: [N][pad16(head_dim)]
+  const int8_t* codes;    // of integer codecs: [pad4(head_dim)/4][N][4]; i16 [N][pad64(head_dim)]
+  const float* scales;    // [N]
+  const int32_t* powers;  // [N][16], with minima: S::mul_i16 makes 8 bits of products
+  const int32_t* sums;    // [N], of codes
 };
 
 // Weights of a batch's queries over a span.
 struct Weights {
   const float* values;   // [N][kSpan]; integer codecs:
-  const uint8_t* codes;  // [N][kSpan][2], as S::WideDot prepares them
-  const float* scales;   // [N], of codes
+  const uint8_t* codes;  // [N][kSpan], as `weight_codes` orders them
+  const float* scales;   // [N][kSpanBlocks], of codes
   const float* minima;   // [N]: weights times the minima of the values
   const float* rescale;  // [N]: what the sums over older tokens are multiplied by
 };
@@ -113,90 +112,102 @@ inline void score_floats(const Queries& queries, const Span& span, int b, int64_
     for (int q = 0; q < N; ++q) S::store(score + q * kSpan + (b + i) * kBlock, sums[i][q]);
 }
 
-// Queries as the keys of one block want them, whose channels have scales and minima: times the
-// scales and rounded anew; a code stands for code - 8, so its middle joins the minimum.
-template <int N>
+// Queries as the keys of the blocks from block b of the span on want them, whose channels have
+// scales and minima: codes of query times scale, and sums of query times minimum.
+template <int N, int Blocks>
 struct BlockQueries {
-  alignas(64) int8_t codes[N * kMaxHeadDim];  // [N][kMaxHeadDim]
-  alignas(64) float scaled[N * kMaxHeadDim];  // [N][pad16(head_dim)]
-  float scales[N], minima[N];
-  int32_t sums[N];
+  alignas(64) int8_t codes[Blocks][N][kMaxHeadDim];
+  float minima[(Blocks * N + 7) / 8 * 8];  // [Blocks][N]
 };
 
-template <class S, class Kv, int N>
-inline void scale_queries(const Queries& queries, const uint8_t* block, int64_t head_dim,
-                          BlockQueries<N>& to) {
+template <class S, class Kv, int N, int Blocks>
+inline void add_minima(const Queries& queries, const Span& span, int b, int64_t head_dim,
+                       float* to) {
+  alignas(64) float rows[(Blocks * N + 7) / 8 * 8][16];
   const int64_t pitch = pad_to(head_dim, 16);
-  typename S::F32x16 minima[N], largest[N];
-  for (int q = 0; q < N; ++q) minima[q] = largest[q] = S::zero();
-  for (int64_t c = 0; c < pitch; c += 16) {
-    const auto scales = Kv::template channel_scales<S>(block, c);
-    const auto middles =
-        S::fma(scales, S::set1(8.0f), Kv::template channel_minima<S>(block, head_dim, c));
-#pragma GCC unroll 12
-    for (int q = 0; q < N; ++q) {
-      const auto query = S::load(queries.values + q * pitch + c);
-      const auto scaled = S::mul(query, scales);
-      S::store(to.scaled + q * pitch + c, scaled);
-      minima[q] = S::fma(query, middles, minima[q]);
-      largest[q] = S::max(S::abs(scaled), largest[q]);
-    }
-  }
-  for (int q = 0; q < N; ++q) {
-    const auto [inverse, step] = steps_of(S::hmax(largest[q]));
-    auto sum = S::set1_i32(0);
+#pragma GCC unroll 4
+  for (int i = 0; i < Blocks; ++i) {
+    typename S::F32x16 sums[N];
+    for (int q = 0; q < N; ++q) sums[q] = S::zero();
     for (int64_t c = 0; c < pitch; c += 16) {
-      const auto codes = to_codes<S>(S::load(to.scaled + q * pitch + c), inverse);
-      S::store_i8(to.codes + q * kMaxHeadDim + c, codes);
-      sum = S::add_i32(sum, codes);
+      const auto minima = Kv::template channel_minima<S>(span.block[b + i], head_dim, c);
+#pragma GCC unroll 12
+      for (int q = 0; q < N; ++q)
+        sums[q] = S::fma(S::load(queries.values + q * pitch + c), minima, sums[q]);
     }
-    to.scales[q] = step;
-    to.minima[q] = S::sum(minima[q]);
-    to.sums[q] = S::sum_i32(sum);
+#pragma GCC unroll 12
+    for (int q = 0; q < N; ++q) S::store(rows[i * N + q], sums[q]);
   }
+  for (int i = 0; i < Blocks * N; i += 8) S::sum_rows(to + i, rows[i]);
+}
+
+template <class S, class Kv, int N, int Blocks>
+inline void scale_queries(const Queries& queries, const Span& span, int b, int64_t head_dim,
+                          BlockQueries<N, Blocks>& to) {
+  const int64_t wide = 2 * pad_to(head_dim, 64);  // bytes
+#pragma GCC unroll 4
+  for (int i = 0; i < Blocks; ++i) {
+    const uint8_t* scales = Kv::channel_scales(span.block[b + i]);
+    const auto* query = reinterpret_cast<const uint8_t*>(queries.codes);
+#pragma GCC unroll 12
+    for (int q = 0; q < N; ++q, query += wide) {
+      const auto power = S::set1_i16(static_cast<int16_t>(queries.powers[q * 16 + b + i]));
+      const auto scaled = [&](int64_t c) {
+        return S::mul_i16(S::mul_i16(S::load_u8(query + c), S::load_u8(scales + c)), power);
+      };
+      for (int64_t c = 0; c < wide; c += 128)
+        S::store_u8(reinterpret_cast<uint8_t*>(to.codes[i][q]) + c / 2,
+                    S::join_i16(scaled(c), scaled(c + 64)));
+    }
+  }
+  add_minima<S, Kv, N, Blocks>(queries, span, b, head_dim, to.minima);
 }
 
 // As `score_floats`, from exact integer sums: (float(sum) * key's scale) * query's scale, or, with
-// minima, fma(float(sum), scale of the block's query, minimum).
+// minima, fma(float(sum), query's scale, minimum).
 template <class S, class Kv, int N, int Blocks, bool Prefetch>
 inline void score_codes(const Queries& queries, const Span& span, int b, int64_t head_dim,
                         float* score) {
-  using Dot = typename S::template Dot<Kv::kMinima ? 8 : 128, Kv::kMinima ? 15 : 255>;
+  using Dot = typename S::template Dot<Kv::kMinima ? 0 : 128, Kv::kMinima ? 15 : 255>;
   const int64_t steps = pad_to(head_dim, 4) / 4;
   if constexpr (Prefetch)
     if (b % 2 == 0)
       for (int64_t i = 0; i < Kv::block_bytes(head_dim); i += 64)
         S::prefetch_t1(span.next[b / 2] + i);
-  [[maybe_unused]] BlockQueries<Kv::kMinima ? N : 1> own[Kv::kMinima ? Blocks : 1];
-  const auto sum_of = [&](int i, int q) { return Kv::kMinima ? own[i].sums[q] : queries.sums[q]; };
+  [[maybe_unused]] BlockQueries<N, Kv::kMinima ? Blocks : 0> own;
+  if constexpr (Kv::kMinima) scale_queries<S, Kv, N, Blocks>(queries, span, b, head_dim, own);
+  const auto sum_of = [&](int q) { return Kv::kMinima ? 0 : queries.sums[q]; };
   typename Dot::Acc sums[Blocks][N];
   decltype(Kv::keys(nullptr, 0)) keys[Blocks];
 #pragma GCC unroll 4
   for (int i = 0; i < Blocks; ++i) {
     keys[i] = Kv::keys(span.block[b + i], head_dim);
-    if constexpr (Kv::kMinima) scale_queries<S, Kv>(queries, span.block[b + i], head_dim, own[i]);
 #pragma GCC unroll 12
-    for (int q = 0; q < N; ++q) sums[i][q] = Dot::init(sum_of(i, q));
+    for (int q = 0; q < N; ++q) sums[i][q] = Dot::init(sum_of(q));
   }
+  constexpr int kTogether = decltype(Kv::keys(nullptr, 0))::kTogether;
 #pragma GCC unroll 4
-  for (int64_t d = 0; d < steps; ++d) {
+  for (int64_t d = 0; d < steps; d += kTogether) {
+#pragma GCC unroll 2
+    for (int64_t e = d; e < d + kTogether; ++e) {
 #pragma GCC unroll 4
-    for (int i = 0; i < Blocks; ++i) {
-      const int8_t* x = Kv::kMinima ? own[i].codes + 4 * d : queries.codes + 4 * N * d;
-      const auto codes = keys[i].template next<S>();
+      for (int i = 0; i < Blocks; ++i) {
+        const int8_t* x = Kv::kMinima ? own.codes[i][0] + 4 * e : queries.codes + 4 * N * e;
+        const auto codes = keys[i].template next<S>(static_cast<int>(e - d));
 #pragma GCC unroll 12
-      for (int q = 0; q < N; ++q)
-        Dot::step(sums[i][q], codes, x + q * (Kv::kMinima ? kMaxHeadDim : 4));
+        for (int q = 0; q < N; ++q)
+          Dot::step(sums[i][q], codes, x + q * (Kv::kMinima ? kMaxHeadDim : 4));
+      }
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Blocks; ++i) {
 #pragma GCC unroll 12
     for (int q = 0; q < N; ++q) {
-      const auto dot = S::from_i32(Dot::finish(sums[i][q], sum_of(i, q)));
+      const auto dot = S::from_i32(Dot::finish(sums[i][q], sum_of(q)));
       float* to = score + q * kSpan + (b + i) * kBlock;
       if constexpr (Kv::kMinima) {
-        S::store(to, S::fma(dot, S::set1(own[i].scales[q]), S::set1(own[i].minima[q])));
+        S::store(to, S::fma(dot, S::set1(queries.scales[q]), S::set1(own.minima[i * N + q])));
       } else {
         const auto scales = Kv::template key_scales<S>(span.block[b + i]);
         S::store(to, S::mul(S::mul(dot, scales), S::set1(queries.scales[q])));
@@ -263,44 +274,49 @@ inline void add_floats(const Weights& weights, const Span& span, int blocks, int
     for (int q = 0; q < N; ++q) S::store(value + q * pitch + column + 16 * c, sums[c][q]);
 }
 
-// As `add_floats`, from exact integer sums over the span: fma(float(sum), scale, value * rescale),
+// As `add_floats`, from exact integer sums over every block: fma(float(sum), scale, value), then
 // plus the weighted minima, if there are any.
 // `from`: where every block's codes of these columns begin; moved on to those of the next ones.
 template <class S, class Kv, int N, int Chunks, bool Prefetch, class Values>
 inline void add_codes(const Weights& weights, const Span& span, int blocks, int64_t head_dim,
                       int64_t column, Values* from, float* value) {
-  using Dot = typename S::WideDot;
   const int64_t pitch = pad_to(head_dim, 16);
   const Ahead ahead(span, column, 16 * Chunks, pitch, Kv::block_bytes(head_dim));
-  typename Dot::Acc sums[Chunks][N];
+  typename S::F32x16 sums[Chunks][N];
 #pragma GCC unroll 4
   for (int c = 0; c < Chunks; ++c)
 #pragma GCC unroll 12
-    for (int q = 0; q < N; ++q) sums[c][q] = Dot::init();
+    for (int q = 0; q < N; ++q)
+      sums[c][q] =
+          S::mul(S::load(value + q * pitch + column + 16 * c), S::set1(weights.rescale[q]));
   for (int b = 0; b < blocks; ++b) {
     if constexpr (Prefetch) ahead.prefetch<S>(b);
-    const uint8_t* x = weights.codes + b * kBlock * 2;
+    const uint8_t* x = weights.codes + b / 4 * 64 + b % 4 * 4;
+    typename S::I32x16 products[Chunks][N];
 #pragma GCC unroll 4
-    for (int t = 0; t < kBlock / 4; ++t, x += 8) {
+    for (int t = 0; t < kBlock / 4; ++t, x += 16) {
 #pragma GCC unroll 4
       for (int c = 0; c < Chunks; ++c) {
         const auto v = from[b].template next<S>(t, c);
 #pragma GCC unroll 12
-        for (int q = 0; q < N; ++q) Dot::step(sums[c][q], v, x + q * kSpan * 2);
+        for (int q = 0; q < N; ++q)
+          products[c][q] = S::add_products(t ? products[c][q] : S::set1_i32(0), x + q * kSpan, v);
       }
     }
     from[b].skip(Chunks);
+#pragma GCC unroll 4
+    for (int c = 0; c < Chunks; ++c)
+#pragma GCC unroll 12
+      for (int q = 0; q < N; ++q)
+        sums[c][q] = S::fma(S::from_i32(products[c][q]),
+                            S::set1(weights.scales[q * kSpanBlocks + b]), sums[c][q]);
   }
 #pragma GCC unroll 12
   for (int q = 0; q < N; ++q) {
-    const auto scale = S::set1(weights.scales[q]), rescale = S::set1(weights.rescale[q]);
 #pragma GCC unroll 4
     for (int c = 0; c < Chunks; ++c) {
-      float* to = value + q * pitch + column + 16 * c;
-      const auto sum = S::from_i32(Dot::finish(sums[c][q]));
-      auto all = S::fma(sum, scale, S::mul(S::load(to), rescale));
-      if constexpr (Kv::kMinima) all = S::add(all, S::set1(weights.minima[q]));
-      S::store(to, all);
+      if constexpr (Kv::kMinima) sums[c][q] = S::add(sums[c][q], S::set1(weights.minima[q]));
+      S::store(value + q * pitch + column + 16 * c, sums[c][q]);
     }
   }
 }
@@ -316,7 +332,7 @@ inline void add_values(const Weights& weights, const Span& span, int blocks, int
   if constexpr (Kv::kInteger) {
     decltype(Kv::values(nullptr, 0)) from[kSpanBlocks];
     for (int b = 0; b < blocks; ++b) from[b] = Kv::values(span.block[b], head_dim);
-    passes.template operator()<kAtOnce<S, N * S::WideDot::kSums>>([&]<int Chunks>(int64_t c) {
+    passes.template operator()<kAtOnce<S, 2 * N>>([&]<int Chunks>(int64_t c) {
       add_codes<S, Kv, N, Chunks, Prefetch>(weights, span, blocks, head_dim, c, from, value);
     });
   } else {

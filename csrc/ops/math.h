@@ -33,16 +33,15 @@ template <class S>
 inline typename S::F32x16 exp2_negative(typename S::F32x16 x) {
   using F = typename S::F32x16;
   const F low = S::set1(-125.0f);
-  const F bounded = S::max(x, low);
-  const F n = S::round_even(bounded);
-  const F r = S::sub(bounded, n);
+  const F n = S::round_even(x);
+  const F r = S::sub(x, n);
   F p = S::set1(1.3264727e-3f);
   p = S::fma(p, r, S::set1(9.6715130e-3f));
   p = S::fma(p, r, S::set1(5.5507336e-2f));
   p = S::fma(p, r, S::set1(2.4022242e-1f));
   p = S::fma(p, r, S::set1(6.9314700e-1f));
   p = S::fma(p, r, S::set1(1.0f));
-  return S::select_gt(x, low, S::mul(p, S::pow2(S::to_i32(n))), S::zero());
+  return S::select_gt(x, low, S::scale2(p, n), S::zero());
 }
 
 // 1 / (1 + e^-x)

@@ -141,6 +141,12 @@ struct Avx2 {
     const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
   }
+  static LW_INLINE void sum_rows(float* to, const float* rows) {
+    for (int r = 0; r < 8; ++r) to[r] = sum(load(rows + 16 * r));
+  }
+  static LW_INLINE void hmax_rows(float* to, const float* rows) {
+    for (int r = 0; r < 8; ++r) to[r] = hmax(load(rows + 16 * r));
+  }
   static LW_INLINE F32x16 select_gt(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
     return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)),
             _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))};
@@ -177,6 +183,7 @@ struct Avx2 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.lo, bias), 23)),
             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e.hi, bias), 23))};
   }
+  static LW_INLINE F32x16 scale2(F32x16 p, F32x16 n) { return mul(p, pow2(to_i32(n))); }
 
   // ---- i32
   static LW_INLINE I32x16 set1_i32(int32_t x) {
@@ -314,6 +321,39 @@ struct Avx2 {
             _mm256_castsi256_ps(_mm256_and_si256(a.hi, high))};
   }
 
+  static LW_INLINE F32x16 floats_of_u8(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+  }
+
+  // ---- u8 as i16 [32]
+  static LW_INLINE U8x64 set1_i16(int16_t x) {
+    return {_mm256_set1_epi16(x), _mm256_set1_epi16(x)};
+  }
+  static LW_INLINE U8x64 mul_i16(U8x64 a, U8x64 b) {
+    return {_mm256_mulhrs_epi16(a.lo, b.lo), _mm256_mulhrs_epi16(a.hi, b.hi)};
+  }
+  static LW_INLINE U8x64 abs_i16(U8x64 a) {
+    return {_mm256_abs_epi16(a.lo), _mm256_abs_epi16(a.hi)};
+  }
+  static LW_INLINE U8x64 max_i16(U8x64 a, U8x64 b) {
+    return {_mm256_max_epi16(a.lo, b.lo), _mm256_max_epi16(a.hi, b.hi)};
+  }
+  static LW_INLINE int width_i16(U8x64 a) {
+    const __m256i s8 = _mm256_or_si256(a.lo, a.hi);
+    const __m128i s4 = _mm_or_si128(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+    const __m128i s2 = _mm_or_si128(s4, _mm_unpackhi_epi64(s4, s4));
+    const auto all = static_cast<uint64_t>(_mm_cvtsi128_si64(s2));
+    const uint64_t half = all | all >> 32;
+    return 32 - static_cast<int>(_lzcnt_u32(static_cast<uint16_t>(half | half >> 16)));
+  }
+  // Packing works per 128 bits: put the quarters of the registers in order afterwards.
+  static LW_INLINE U8x64 join_i16(U8x64 a, U8x64 b) {
+    return {_mm256_permute4x64_epi64(_mm256_packs_epi16(a.lo, a.hi), 0xd8),
+            _mm256_permute4x64_epi64(_mm256_packs_epi16(b.lo, b.hi), 0xd8)};
+  }
+
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }
   static LW_INLINE void prefetch_t1(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -437,31 +477,18 @@ struct Avx2 {
     static LW_INLINE I32x16 finish(const Acc& acc, int32_t) { return acc.sum; }
   };
 
-  // As i16, numbers 0 and 2 of every four, then 1 and 3, for vpmaddwd.
-  struct WideDot {
-    static constexpr int kSums = 1;
-    struct Acc {
-      I32x16 sum;
-    };
-    static LW_INLINE void prepare(uint8_t* p, F32x16 numbers) {
-      const I32x16 n = to_i32(min(numbers, set1(32767.0f)));
-      // Packing takes four of either half in turn.
-      const __m256i order = _mm256_broadcastsi128_si256(
-          _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-      const __m256i halves = _mm256_shuffle_epi8(_mm256_packus_epi32(n.lo, n.hi), order);
-      store256(p, _mm256_permute4x64_epi64(halves, 0xd8));
-    }
-    static LW_INLINE Acc init() { return {set1_i32(0)}; }
-    static LW_INLINE void step(Acc& acc, U8x64 codes, const uint8_t* x) {
-      const auto* pairs = reinterpret_cast<const int8_t*>(x);
-      const __m256i even = broadcast4(pairs), odd = broadcast4(pairs + 4);
-      add_madd(acc.sum.lo, _mm256_srai_epi16(_mm256_slli_epi16(codes.lo, 8), 8), even);
-      add_madd(acc.sum.hi, _mm256_srai_epi16(_mm256_slli_epi16(codes.hi, 8), 8), even);
-      add_madd(acc.sum.lo, _mm256_srai_epi16(codes.lo, 8), odd);
-      add_madd(acc.sum.hi, _mm256_srai_epi16(codes.hi, 8), odd);
-    }
-    static LW_INLINE I32x16 finish(Acc acc) { return acc.sum; }
-  };
+  static LW_INLINE U8x64 to_u8(F32x16 a, F32x16 b, F32x16 c, F32x16 d) {
+    const I32x16 i = to_i32(a), j = to_i32(b), k = to_i32(c), l = to_i32(d);
+    return {_mm256_packus_epi16(_mm256_packs_epi32(i.lo, j.lo), _mm256_packs_epi32(k.lo, l.lo)),
+            _mm256_packus_epi16(_mm256_packs_epi32(i.hi, j.hi), _mm256_packs_epi32(k.hi, l.hi))};
+  }
+  // Sums of two products are at most 2 * 128 * 127 < 2^15.
+  static LW_INLINE I32x16 add_products(I32x16 sum, const uint8_t* four, U8x64 codes) {
+    const __m256i w = broadcast4(reinterpret_cast<const int8_t*>(four));
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(_mm256_maddubs_epi16(w, codes.lo), ones)),
+            _mm256_add_epi32(sum.hi, _mm256_madd_epi16(_mm256_maddubs_epi16(w, codes.hi), ones))};
+  }
   static constexpr int kFloatSums = 4;  // that keep the multipliers busy and fit the registers
   // Rows and strips that the inner loop of a panel takes at once.
   static constexpr int kPanelRows = 4, kPanelStrips = 1;

@@ -75,6 +75,8 @@ struct Avx512 {
     const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
     return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
   }
+  static LW_INLINE void sum_rows(float* to, const float* rows) { reduce_rows(to, rows, add); }
+  static LW_INLINE void hmax_rows(float* to, const float* rows) { reduce_rows(to, rows, max); }
   static LW_INLINE F32x16 select_gt(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
   }
@@ -105,6 +107,7 @@ struct Avx512 {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(e.v, _mm512_set1_epi32(127)), 23));
   }
+  static LW_INLINE F32x16 scale2(F32x16 p, F32x16 n) { return _mm512_scalef_ps(p, n); }
 
   // ---- i32
   static LW_INLINE I32x16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -205,6 +208,31 @@ struct Avx512 {
         _mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 
+  static LW_INLINE F32x16 floats_of_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  // ---- u8 as i16 [32]
+  static LW_INLINE U8x64 set1_i16(int16_t x) { return {_mm512_set1_epi16(x)}; }
+  static LW_INLINE U8x64 mul_i16(U8x64 a, U8x64 b) { return {_mm512_mulhrs_epi16(a.v, b.v)}; }
+  static LW_INLINE U8x64 abs_i16(U8x64 a) { return {_mm512_abs_epi16(a.v)}; }
+  static LW_INLINE U8x64 max_i16(U8x64 a, U8x64 b) { return {_mm512_max_epi16(a.v, b.v)}; }
+  static LW_INLINE int width_i16(U8x64 a) {
+    const __m256i s8 =
+        _mm256_or_si256(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+    const __m128i s4 = _mm_or_si128(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+    const __m128i s2 = _mm_or_si128(s4, _mm_unpackhi_epi64(s4, s4));
+    const auto all = static_cast<uint64_t>(_mm_cvtsi128_si64(s2));
+    const uint64_t half = all | all >> 32;
+    return 32 - static_cast<int>(_lzcnt_u32(static_cast<uint16_t>(half | half >> 16)));
+  }
+  // Packing works per 128 bits: put the quarters of the registers in order afterwards.
+  static LW_INLINE U8x64 join_i16(U8x64 a, U8x64 b) {
+    return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
+                                     _mm512_packs_epi16(a.v, b.v))};
+  }
+
   // ---- what gemm_columns asks for beyond that
   static LW_INLINE void split_rows(int8_t* to, int64_t stride, const int8_t* from) {
     // [2][8 rows][4 inputs]: bytes of 4 rows x 4 inputs transposed, then dwords to [8 inputs][2].
@@ -297,29 +325,14 @@ struct Avx512 {
     static LW_INLINE void flush(Acc&) {}
   };
 
-  // Low and high bytes apart: vpdpbusd takes four unsigned bytes.
-  struct WideDot {
-    static constexpr int kSums = 2;
-    struct Acc {
-      I32x16 low, high;
-    };
-    static LW_INLINE void prepare(uint8_t* p, F32x16 numbers) {
-      const __m512i n = to_i32(min(numbers, set1(32767.0f))).v;
-      const __m256i order = _mm256_broadcastsi128_si256(
-          _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                          _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(n), order));
-    }
-    static LW_INLINE Acc init() { return {set1_i32(0), set1_i32(0)}; }
-    static LW_INLINE void step(Acc& acc, U8x64 codes, const uint8_t* x) {
-      const auto* bytes = reinterpret_cast<const int8_t*>(x);
-      acc.low.v = _mm512_dpbusd_epi32(acc.low.v, broadcast4(bytes), codes.v);
-      acc.high.v = _mm512_dpbusd_epi32(acc.high.v, broadcast4(bytes + 4), codes.v);
-    }
-    static LW_INLINE I32x16 finish(Acc acc) {
-      return add_i32(acc.low, {_mm512_slli_epi32(acc.high.v, 8)});
-    }
-  };
+  static LW_INLINE U8x64 to_u8(F32x16 a, F32x16 b, F32x16 c, F32x16 d) {
+    return {_mm512_packus_epi16(_mm512_packs_epi32(to_i32(a).v, to_i32(b).v),
+                                _mm512_packs_epi32(to_i32(c).v, to_i32(d).v))};
+  }
+  static LW_INLINE I32x16 add_products(I32x16 sum, const uint8_t* four, U8x64 codes) {
+    const __m512i w = broadcast4(reinterpret_cast<const int8_t*>(four));
+    return {_mm512_dpbusd_epi32(sum.v, w, codes.v)};
+  }
   static constexpr int kFloatSums = 12;  // that keep the multipliers busy and fit the registers
   // Rows and strips that the inner loop of a panel takes at once: 16 sums, 2 blocks, 1 activation.
   static constexpr int kPanelRows = 8, kPanelStrips = 2;
@@ -338,6 +351,23 @@ struct Avx512 {
   static constexpr int kGemvBlock = 8;  // rows whose integer sums fit the registers
 
   // ---- below: private to this header
+  // Halves of the rows first, then quarters, of two rows at a time.
+  template <class F>
+  static LW_INLINE void reduce_rows(float* to, const float* rows, F f) {
+    const auto halves = [=](int r) __attribute__((always_inline)) {
+      const __m512 a = load(rows + 16 * r), b = load(rows + 16 * r + 16);
+      return f(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const auto fours = [=](int r) __attribute__((always_inline)) {
+      const __m512 a = halves(r), b = halves(r + 2);
+      return f(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const __m512 a = fours(0), b = fours(4);
+    const __m512 twos = f(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    const __m512 ones = f(_mm512_shuffle_ps(twos, twos, 0x88), _mm512_shuffle_ps(twos, twos, 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, ones)));
+  }
   static LW_INLINE __m512i set1_u8(uint8_t c) { return _mm512_set1_epi8(static_cast<char>(c)); }
   static LW_INLINE U8x64 expand_codes(uint8_t fill, const uint8_t* bitmap, const uint8_t*& p,
                                       U8x64 codes) {

@@ -106,6 +106,13 @@ struct Scalar {
       for (int i = 0; i < h; ++i) a.v[i] = a.v[i] > a.v[i + h] ? a.v[i] : a.v[i + h];
     return a.v[0];
   }
+  // `sum` and `hmax` of 8 rows of 16.
+  static LW_INLINE void sum_rows(float* to, const float* rows) {
+    for (int r = 0; r < 8; ++r) to[r] = sum(load(rows + 16 * r));
+  }
+  static LW_INLINE void hmax_rows(float* to, const float* rows) {
+    for (int r = 0; r < 8; ++r) to[r] = hmax(load(rows + 16 * r));
+  }
   static LW_INLINE F32x16 select_gt(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
     return map([&](int i) { return a.v[i] > b.v[i] ? x.v[i] : y.v[i]; });
   }
@@ -140,6 +147,8 @@ struct Scalar {
   static LW_INLINE F32x16 pow2(I32x16 e) {
     return map([&](int i) { return bits_f32(static_cast<uint32_t>(e.v[i] + 127) << 23); });
   }
+  // p * 2^n for whole numbers n in -126..127 that leave p a normal number.
+  static LW_INLINE F32x16 scale2(F32x16 p, F32x16 n) { return mul(p, pow2(to_i32(n))); }
 
   // ---- i32
   static LW_INLINE I32x16 set1_i32(int32_t x) {
@@ -297,6 +306,39 @@ struct Scalar {
       for (int i = 0; i < 16; ++i) std::memcpy(to + 64 * r + 4 * i, from + 32 * i + 4 * r, 4);
   }
 
+  static LW_INLINE F32x16 floats_of_u8(const uint8_t* p) {
+    return map([&](int i) { return static_cast<float>(p[i]); });
+  }
+  // ---- u8 as i16 [32]
+  static LW_INLINE U8x64 set1_i16(int16_t x) {
+    return map_i16([&](int) { return x; });
+  }
+  // round(a * b / 2^15), halves upwards.
+  static LW_INLINE U8x64 mul_i16(U8x64 a, U8x64 b) {
+    return map_i16([&](int i) { return (i16(a, i) * i16(b, i) + 0x4000) >> 15; });
+  }
+  static LW_INLINE U8x64 abs_i16(U8x64 a) {
+    return map_i16([&](int i) { return i16(a, i) < 0 ? -i16(a, i) : i16(a, i); });
+  }
+  static LW_INLINE U8x64 max_i16(U8x64 a, U8x64 b) {
+    return map_i16([&](int i) { return i16(a, i) > i16(b, i) ? i16(a, i) : i16(b, i); });
+  }
+  // Bits that the largest of numbers >= 0 takes: 0..15.
+  static LW_INLINE int width_i16(U8x64 a) {
+    int all = 0, width = 0;
+    for (int i = 0; i < 32; ++i) all |= i16(a, i);
+    for (; all >> width; ++width) {
+    }
+    return width;
+  }
+  // As bytes, a first; what does not fit becomes -128 or 127.
+  static LW_INLINE U8x64 join_i16(U8x64 a, U8x64 b) {
+    return map_u8([&](int i) {
+      const int x = i16(i < 32 ? a : b, i % 32);
+      return x < -128 ? -128 : x > 127 ? 127 : x;
+    });
+  }
+
   static LW_INLINE void prefetch_t0(const void* p) { __builtin_prefetch(p, 0, 3); }
   static LW_INLINE void prefetch_t1(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -336,31 +378,17 @@ struct Scalar {
     static LW_INLINE void flush(Acc&) {}
   };
 
-  // Exact sum of products of numbers 0..32767 with signed codes, for 16 outputs: blocks of 4 codes
-  // of each. `prepare` rounds 16 such numbers, 2^15 becoming one less, to 32 bytes in the form that
-  // multiplies fastest, 8 for each 4.
-  struct WideDot {
-    static constexpr int kSums = 1;  // registers of an Acc, in units of F32x16
-    struct Acc {
-      I32x16 sum;
-    };
-    static LW_INLINE void prepare(uint8_t* p, F32x16 numbers) {
-      const I32x16 n = to_i32(min(numbers, set1(32767.0f)));
-      for (int i = 0; i < 16; ++i) {
-        const auto half = static_cast<uint16_t>(n.v[i]);
-        std::memcpy(p + 2 * i, &half, 2);
-      }
-    }
-    static LW_INLINE Acc init() { return {set1_i32(0)}; }
-    static LW_INLINE void step(Acc& acc, const U8x64& codes, const uint8_t* x) {
-      for (int i = 0; i < 4; ++i) {
-        uint16_t half;
-        std::memcpy(&half, x + 2 * i, 2);
-        for (int o = 0; o < 16; ++o) acc.sum.v[o] += half * static_cast<int8_t>(codes.v[4 * o + i]);
-      }
-    }
-    static LW_INLINE I32x16 finish(const Acc& acc) { return acc.sum; }
-  };
+  // Numbers 0..255, rounded, as bytes: of each operand the first four, then the next.
+  static LW_INLINE U8x64 to_u8(F32x16 a, F32x16 b, F32x16 c, F32x16 d) {
+    const I32x16 from[4] = {to_i32(a), to_i32(b), to_i32(c), to_i32(d)};
+    return map_u8([&](int i) { return from[i / 4 % 4].v[i / 16 * 4 + i % 4]; });
+  }
+  // sum + the products of four such bytes, at most 128, with 4 codes -127..127, for 16 outputs.
+  static LW_INLINE I32x16 add_products(I32x16 sum, const uint8_t* four, const U8x64& codes) {
+    for (int o = 0; o < 16; ++o)
+      for (int i = 0; i < 4; ++i) sum.v[o] += four[i] * static_cast<int8_t>(codes.v[4 * o + i]);
+    return sum;
+  }
   static constexpr int kFloatSums = 4;  // that keep the multipliers busy and fit the registers
   // Rows and strips that the inner loop of a panel takes at once.
   static constexpr int kPanelRows = 4, kPanelStrips = 1;
@@ -378,6 +406,20 @@ struct Scalar {
   static constexpr int kGemvBlock = 4;  // rows whose integer sums fit the registers
 
   // ---- below: private to this header
+  static LW_INLINE int i16(const U8x64& a, int i) {
+    int16_t x;
+    std::memcpy(&x, a.v + 2 * i, 2);
+    return x;
+  }
+  template <class F>
+  static LW_INLINE U8x64 map_i16(F f) {
+    U8x64 r;
+    for (int i = 0; i < 32; ++i) {
+      const auto x = static_cast<int16_t>(f(i));
+      std::memcpy(r.v + 2 * i, &x, 2);
+    }
+    return r;
+  }
   static LW_INLINE bool bit(const uint8_t* bitmap, int i) { return bitmap[i / 8] >> i % 8 & 1; }
   static LW_INLINE float bits_f32(uint32_t u) {
     float f;

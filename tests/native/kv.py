@@ -43,14 +43,14 @@ def pruned(codes: Array, percent: int) -> Array:
 
 def weight_step(weight: Array, scale: Array) -> Array:
     """[rows, tokens]: how far a softmax weight times the value's scale [tokens] may be from the
-    code of 15 bits that multiplies integer values: half a step, and a step is at most 2^-14 of the
-    largest product among the row's 128 tokens."""
+    code 0..128 that multiplies integer values: half a step, and a step is a 128th of the
+    largest product among the row's 16 tokens of a block."""
     product = weight * scale
     largest = np.zeros_like(product)
-    for begin in range(0, product.shape[1], 128):
-        span = slice(begin, begin + 128)
-        largest[:, span] = product[:, span].max(axis=1, keepdims=True)
-    return np.where(weight > 0, largest * 2.0**-15, 0)
+    for begin in range(0, product.shape[1], 16):
+        block = slice(begin, begin + 16)
+        largest[:, block] = product[:, block].max(axis=1, keepdims=True)
+    return np.where(weight > 0, largest / 256, 0)
 
 
 class Affine(NamedTuple):
@@ -65,26 +65,41 @@ class Affine(NamedTuple):
         return self.scale.astype(np.float64) * self.code + self.minimum
 
 
-def int4(x: Array, axis: int) -> Affine:
-    """Codes 0..15 with f16 scales and minima along the axis."""
-    low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
-    scale = np.minimum((high - low) / np.float32(15), np.float32(65504)).astype(np.float16)
-    minimum = np.clip(low, -65504, 65504).astype(np.float16).astype(np.float32)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(minimum), where=scale > 0)
-    code = np.clip(np.rint((x - minimum) * inverse), 0, 15)
-    return Affine(scale.astype(np.float32), code, minimum)
+def inverse(scale: Array) -> Array:
+    """1 / scale, or 0."""
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 2.0**-100)
+
+
+def unit_of(largest: Array) -> Array:
+    """The power of two that makes 2^14 to 2^15 of it."""
+    return np.where(largest > 0, np.ldexp(np.float32(1), np.frexp(largest)[1] - 15), 0)
 
 
 def int4_keys(k: Array) -> Affine:
-    """[blocks, 16, ..., head_dim] of keys [tokens, ..., head_dim]: per channel of a block, of what
-    int8 makes of them."""
-    stored = int8_codes(k) * int8_scale(k)
-    return int4(stored.reshape(-1, 16, *k.shape[1:]), 1)
+    """[blocks, 16, ..., head_dim] of keys [tokens, ..., head_dim]: codes 0..15 per channel of a
+    block, of what int8 makes of them. The block's largest scale is 2^14 to 2^15 units."""
+    x = (int8_codes(k) * int8_scale(k)).reshape(-1, 16, *k.shape[1:])
+    low = x.min(axis=1, keepdims=True)
+    scale = (x.max(axis=1, keepdims=True) - low) / np.float32(15)
+    unit = unit_of(scale.max(axis=-1, keepdims=True))
+    scale = np.minimum(np.floor(scale * inverse(unit) + np.float32(0.5)), np.float32(32767)) * unit
+    minimum = np.clip(low, -65504, 65504).astype(np.float16).astype(np.float32)
+    return Affine(scale, np.clip(np.rint((x - minimum) * inverse(scale)), 0, 15), minimum)
 
 
 def int4_values(v: Array) -> Affine:
-    """[tokens, ..., head_dim]: per token, of what int8 makes of the values."""
-    return int4(int8_codes(v) * int8_scale(v), -1)
+    """[tokens, ..., head_dim]: codes 0..15 per token, of what int8 makes of the values; zero, which
+    counts as one of them, in sixteenths of a code."""
+    codes = int8_codes(v)
+    low = np.minimum(codes.min(axis=-1, keepdims=True), 0)
+    high = np.maximum(codes.max(axis=-1, keepdims=True), 0)
+    wide = (high - low) * int8_scale(v) / np.float32(15)
+    scale = np.minimum(wide, np.float32(65504)).astype(np.float16).astype(np.float32)
+    ratio = inverse(scale) * int8_scale(v)
+    zero = np.minimum(np.floor(-low * ratio * np.float32(16) + np.float32(0.5)), np.float32(240))
+    zero /= np.float32(16)
+    code = np.clip(np.rint(codes * ratio + zero), 0, 15)
+    return Affine(scale, code, -scale * zero)
 
 
 CODES: dict[str, Callable[[Array], Array]] = {
@@ -114,9 +129,9 @@ def values(kv: str, v: Array) -> Affine:
     return Affine(scale, FLOATS[kv](v), np.zeros_like(scale))
 
 
-def scores(kv: str, q: Array, k: Array) -> tuple[Array, Array]:
+def scores(kv: str, q: Array, k: Array, seen: Array) -> tuple[Array, Array]:
     """[rows, tokens] for q [rows, head_dim] and k [tokens, head_dim], in float64: q k^T of what is
-    multiplied, and the sums of magnitudes that float roundings are relative to."""
+    multiplied where it is seen, and the sums of magnitudes that float roundings are relative to."""
     if kv in FLOATS:
         keys, queries = FLOATS[kv](k).astype(np.float64), q.astype(np.float64)
         return queries @ keys.T, np.abs(queries) @ np.abs(keys).T
@@ -125,14 +140,43 @@ def scores(kv: str, q: Array, k: Array) -> tuple[Array, Array]:
         queries = round_query(q).astype(np.float64)
         return queries @ keys.T, np.abs(queries) @ np.abs(keys).T
     scale, code, minimum = int4_keys(k)
+    blocks: Array = seen.reshape(len(q), -1, 16).any(axis=2)
     score, size = [], []
     for block in range(len(scale)):
-        queries = round_query(q * scale[block]).astype(np.float64)
-        middle = minimum[block, 0] + 8.0 * scale[block, 0]
-        codes = code[block].T - 8
-        score.append(queries @ codes + (q.astype(np.float64) @ middle)[:, None])
-        size.append(np.abs(queries) @ np.abs(codes) + (np.abs(q) @ np.abs(middle))[:, None])
+        first = block // 8 * 8
+        span = slice(first, first + 8)
+        queries = np.stack(
+            [
+                round_block_query(row, scale[span, 0], attended[span], block - first)
+                for row, attended in zip(q, blocks, strict=True)
+            ]
+        )
+        codes, minima = code[block].T, minimum[block, 0].astype(np.float64)
+        score.append(queries @ codes + (q.astype(np.float64) @ minima)[:, None])
+        size.append(np.abs(queries) @ codes + (np.abs(q) @ np.abs(minima))[:, None])
     return np.concatenate(score, 1), np.concatenate(size, 1)
+
+
+def round_block_query(q: Array, scale: Array, attended: Array, block: int) -> Array:
+    """[head_dim] in float64: a query times the scales of the channels of one of a span's blocks
+    [blocks, head_dim], as the codes of keys are multiplied by it: products of int16 become 8 bits
+    by a power of two that suits the largest scales in all blocks of the span that are attended."""
+    unit, amax = unit_of(scale.max(axis=1, keepdims=True)), np.abs(q).max()
+    if not attended[block] or amax == 0 or unit[attended].max() == 0:
+        return np.zeros(len(q))
+    query = np.rint(q * (np.float32(32767) / amax))
+    steps = np.rint(scale * inverse(unit))
+    top = unit[attended].max()
+    largest = times(steps[attended], np.rint(unit[attended] / top * 2**14)).max(axis=0)
+    width = max(7, np.frexp(np.abs(times(query, largest)).max())[1])
+    power = np.rint(unit[block] / top * 2.0 ** (21 - width))
+    code = np.minimum(times(times(query, steps[block]), power), 127)
+    return code * 2.0 ** (width + 9) * (amax / np.float64(32767) * top)
+
+
+def times(a: Array, b: Array) -> Array:
+    """Products in units of 2^15, halves rounded upwards."""
+    return np.floor(a * b.astype(np.float64) / 2**15 + 0.5)
 
 
 def round_query(x: Array) -> Array:

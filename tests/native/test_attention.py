@@ -63,7 +63,7 @@ def exact_attention(
         g = h * kv_heads // heads
         numbers, size = stored.number[:, g], np.abs(stored.scale * stored.code)[:, g]
         size = size + np.abs(stored.minimum[:, g])
-        score, score_error = (part * scale for part in scores(kv, q[:, h], k[:, g]))
+        score, score_error = (part * scale for part in scores(kv, q[:, h], k[:, g], seen))
         score_error *= (d + 4) * EPS
         score = np.where(seen, score, -np.inf)
         weight = np.exp(score - score.max(axis=1, keepdims=True))
