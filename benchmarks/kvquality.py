@@ -23,12 +23,13 @@ import models
 import numpy as np
 from numpy.typing import NDArray
 
-from lacewing.checkpoint import PackedModel, load_model
+from lacewing.checkpoint import PackedModel, load_model, open_source
 from lacewing.engine import LLM
 from lacewing.engine.scorer import LLMScorer
 from lacewing.errors import LacewingError
 from lacewing.kv.choice import parse_kv
 from lacewing.kv.layout import find_plan, lay_out
+from lacewing.models import DecoderSpec
 from lacewing.quality import Needles, Text, evaluate, read_items, windows
 from lacewing.quality.bootstrap import Interval, Units, as_list, interval
 from lacewing.quality.likelihood import power
@@ -135,9 +136,6 @@ class Job:
             with self.open(kv) as llm:
                 for name, task in missing.items():
                     found[name] = {"commit": harness.commit(), **self.run(llm, task)}
-                    found["bytes_per_token"] = bytes_per_token(
-                        llm, kv, self.args.model, self.context
-                    )
                     self.keep(kv, found)
         except LacewingError as error:
             harness.progress(f"kv={kv}: {error}")
@@ -200,8 +198,9 @@ class Job:
         if kv in self.errors:
             row["error"] = self.errors[kv]
         found = self.found(kv)
-        if "bytes_per_token" in found:
-            row["bytes_per_token"] = found["bytes_per_token"]
+        if found:  # not kept: where layers have windows, it depends on the context
+            spec = _spec(self.args.model)
+            row["bytes_per_token"] = bytes_per_token(spec, kv, self.args.model, self.context)
         base = {} if dense is None or dense == kv else self.found(dense)
         for name in names:
             if name in found:
@@ -238,15 +237,20 @@ def _difference(ours: list[float], theirs: list[float]) -> Numbers:
     return np.array(ours, np.float64) - np.array(theirs, np.float64)
 
 
-def bytes_per_token(llm: LLM, kv: str, model: Path, context: int) -> float:
+def bytes_per_token(spec: DecoderSpec, kv: str, model: Path, context: int) -> float:
     """Of the cache of one sequence of `context` tokens while it is continued, all layers."""
-    layout = lay_out(llm.spec, parse_kv(kv), find_plan(kv, model), context)
+    layout = lay_out(spec, parse_kv(kv), find_plan(kv, model), context)
     return layout.bytes(layout.sizes(1, context, 1)) / context
 
 
 @cache
 def packed(path: Path, format: str) -> PackedModel:
     return load_model(path, format)
+
+
+@cache
+def _spec(path: Path) -> DecoderSpec:
+    return open_source(path).spec
 
 
 @cache

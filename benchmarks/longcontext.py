@@ -96,7 +96,7 @@ class Ours(Candidate):
             self.blocks.place(tables, at, min(at + 512, args.context))
         self.sequence.computed = args.context
         self.decode(args.steps)
-        self.bytes = int(bytes_per_token(self.llm, kv, path, args.context) * args.context)
+        self.bytes = int(bytes_per_token(self.llm.spec, kv, path, args.context) * args.context)
 
     def decode(self, steps: int) -> list[float]:
         """Seconds of each of the next tokens."""

@@ -87,6 +87,16 @@ def test_what_is_measured_is_kept(
     assert len(runs) == 15 + 5
 
 
+def test_bytes_are_those_of_the_context_that_is_asked_for(args: argparse.Namespace) -> None:
+    """Of `int4` the last blocks are int8, and the fewer the tokens the more these weigh."""
+    args.kv, args.items = ["int4"], 0
+    long, _ = measured(args)
+    args.haystacks = []
+    short, _ = measured(args)
+    assert (long["context"], short["context"]) == (300, 96)
+    assert short["rows"][0]["bytes_per_token"] > long["rows"][0]["bytes_per_token"]
+
+
 def test_a_run_that_was_stopped_goes_on(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
