@@ -88,18 +88,13 @@ class Block(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[.., n_heads * head_dim]`: what o reads, given queries, keys and values."""
-        window = self.spec.layers[self.index].window
-        n = q.shape[2]
-        mask = _window_mask(n, window, q.device) if 0 < window < n else None
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.spec.attention_scale,
-            enable_gqa=True,
-        )
+        window, scale = self.spec.layers[self.index].window, self.spec.attention_scale
+        if 0 < window < q.shape[2]:
+            out = _windowed(q, k, v, window, scale)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )
         return out.transpose(1, 2).flatten(2)
 
     def add_attention(self, x: Tensor, a: Tensor) -> Tensor:
@@ -213,8 +208,23 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _window_mask(n: int, window: int, device: torch.device) -> Tensor:
-    """True where token i (row) may see token j: itself and the window - 1 before it."""
-    i = torch.arange(n, device=device)
-    back = i[:, None] - i[None, :]
-    return (back >= 0) & (back < window)
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Attention in which every token sees itself and the window - 1 before it. Rows go `window` at
+    a time: work and memory grow with the tokens, not with their square."""
+    parts = []
+    for begin in range(0, q.shape[2], window):
+        rows, first = q[:, :, begin : begin + window], max(0, begin - window + 1)
+        end = begin + rows.shape[2]
+        i = torch.arange(begin, end, device=q.device)
+        back = i[:, None] - torch.arange(first, end, device=q.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                rows,
+                k[:, :, first:end],
+                v[:, :, first:end],
+                attn_mask=(back >= 0) & (back < window),
+                scale=scale,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(parts, dim=2)
