@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacewing.checkpoint.kvplan import KvPlan, fingerprint
+from lacewing.engine.balance import balance_heads
 from lacewing.engine.scheduler import Chunk
 from lacewing.errors import RequestError, UnsupportedModelError
 from lacewing.formats import PackedTensor
@@ -202,6 +203,7 @@ def build_model(
     native = {name: _native(tensors[name]) for name in spec.tensor_shapes()}
     check_isa(isa)
     kv = layout.native(stores)
+    balance_heads(spec, native, kv)
     try:
         model: NativeModel = compiled().Model(
             native_spec(spec, max_context), native, kv, isa, check_threads(threads)
@@ -243,4 +245,4 @@ def native_spec(spec: DecoderSpec, max_context: int) -> dict[str, Any]:
 def _native(value: Any) -> Any:
     if isinstance(value, PackedTensor):
         return tensor(value)
-    return np.ascontiguousarray(value, dtype=np.float32)
+    return np.array(value, np.float32)
