@@ -10,7 +10,7 @@ import pytest
 
 from lacewing.checkpoint.kvplan import KvPlan, Labels
 from lacewing.engine import runner as runners
-from lacewing.engine.balance import balance_of
+from lacewing.engine.balance import balance_heads, balance_of
 from lacewing.engine.engine import Engine
 from lacewing.engine.runner import Runner
 from lacewing.formats import pack
@@ -56,23 +56,45 @@ def unbalanced(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda: monkeypatch.setattr(runners, "balance_heads", lambda *_: None)
 
 
-def test_pairs_share_a_power_of_two() -> None:
+def test_pairs_share_a_factor() -> None:
     q = np.array([1, 1, 4, 0, 1, 1, 4, 0], np.float32)
-    k = np.array([16, -3, 1, 1, 16, 5, 1, 1], np.float32)
-    assert balance_of(q, k).tolist() == [4, 2, 0.5, 1, 4, 2, 0.5, 1]
+    k = np.array([16, -3, 1, 1, 16, 4, 1, 1], np.float32)
+    found = balance_of(q, k)
+    assert found[[0, 2, 3]].tolist() == [4, 0.5, 1]
+    assert found[1] == np.float32(np.sqrt(5 / np.sqrt(2)))
+    assert (found[:4] == found[4:]).all()
     assert balance_of(q, np.zeros_like(k)).tolist() == [1] * 8
     assert balance_of(q, k * 2**40).max() == 256
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-@pytest.mark.parametrize("kv", ["f32", "bf16", "f32+topk:1/8"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "bf16+topk:1/8"])
 def test_floats_keep_their_bits(name: str, kv: str, unbalanced: Any) -> None:
-    """And the choice of blocks, whose labels are scaled with them."""
-    count = 620 if "topk" in kv else 200
     plan = labels(name) if "topk" in kv else None
-    found = logits(name, kv, count, plan)
+    found = logits(name, kv, 200, plan)
     unbalanced()
-    assert (found == logits(name, kv, count, plan)).all()
+    assert (found == logits(name, kv, 200, plan)).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_scores_and_labels_stay(name: str) -> None:
+    """Query times key is what it was, and so is a label's code: key over scale."""
+    spec, plan = tiny_spec(name), labels(name)
+    assert plan.labels is not None
+    tensors = uneven(name)
+    rows = spec.n_layers * spec.n_kv_heads
+    before = plan.labels.scales.reshape(rows, -1)
+    kv = {"scales": before, "channels": plan.labels.channels.reshape(rows, -1)}
+    found = {key: weight.copy() for key, weight in tensors.items()}
+    balance_heads(spec, found, kv)
+    for i in range(spec.n_layers):
+        q, k = (f"model.layers.{i}.self_attn.{each}_norm.weight" for each in "qk")
+        np.testing.assert_allclose(found[q] * found[k], tensors[q] * tensors[k], rtol=3e-7)
+        assert not np.allclose(found[k], tensors[k])
+        for h in range(i * spec.n_kv_heads, (i + 1) * spec.n_kv_heads):
+            each = kv["channels"][h]
+            codes, was = found[k][each] / kv["scales"][h], tensors[k][each] / before[h]
+            np.testing.assert_allclose(codes, was, rtol=3e-7)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])

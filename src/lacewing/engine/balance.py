@@ -4,9 +4,8 @@ A key's codes share one scale, which its largest channel sets: where `k_norm` ma
 far larger than others, the others are rounded coarsely. What a channel of the keys is divided by,
 that of the queries is multiplied by, and scores stay what they are (the balance of SmoothQuant,
 arXiv 2211.10438, equation 4, at alpha 1/2, between two activations). It commutes with rotary
-embedding if the channels of a pair share it, and with any codec if it is a power of two: floats
-then keep their bits. The norms' weights say how large channels are; nothing is calibrated, and no
-file changes.
+embedding if the channels of a pair share it. The norms' weights say how large channels are; nothing
+is calibrated, and no file changes.
 """
 
 from __future__ import annotations
@@ -24,17 +23,16 @@ __all__ = ["balance_heads", "balance_of"]
 
 Floats = NDArray[np.float32]
 
-_MOST = 8  # of the exponents: beyond, a weight says more of its channel than of its size
+_MOST = 256.0  # beyond, a weight says more of its channel than of its size
 
 
 def balance_of(q_norm: Floats, k_norm: Floats) -> Floats:
-    """By what queries are multiplied and keys divided: powers of two f32 `[head_dim]`, the same
-    for channels i and i + head_dim / 2. q_norm, k_norm: f32 `[head_dim]`."""
+    """By what queries are multiplied and keys divided: f32 `[head_dim]`, the same for channels i
+    and i + head_dim / 2; 1 where a weight is 0. q_norm, k_norm: f32 `[head_dim]`."""
     q, k = (np.hypot(*each.astype(np.float64).reshape(2, -1)) for each in (q_norm, k_norm))
     usable = (q > 0) & (k > 0)
     ratio = np.divide(k, q, out=np.ones_like(k), where=usable)
-    exponents = np.clip(np.rint(np.log2(ratio) / 2), -_MOST, _MOST)
-    return np.tile(np.exp2(exponents), 2).astype(np.float32)
+    return np.tile(np.clip(np.sqrt(ratio), 1 / _MOST, _MOST), 2).astype(np.float32)
 
 
 def balance_heads(spec: DecoderSpec, tensors: Mapping[str, Any], kv: dict[str, Any]) -> None:

@@ -203,7 +203,8 @@ def build_model(
     native = {name: _native(tensors[name]) for name in spec.tensor_shapes()}
     check_isa(isa)
     kv = layout.native(stores)
-    balance_heads(spec, native, kv)
+    if layout.rounds_keys:
+        balance_heads(spec, native, kv)
     try:
         model: NativeModel = compiled().Model(
             native_spec(spec, max_context), native, kv, isa, check_threads(threads)

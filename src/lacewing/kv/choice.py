@@ -33,6 +33,7 @@ from lacewing.native import compiled
 
 __all__ = [
     "DEFAULT_KV",
+    "FLOATS",
     "LABEL_TOKENS",
     "MERGE_KEPT",
     "MERGE_ROWS",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 DEFAULT_KV = "f16"
+FLOATS = ("f16", "bf16", "f32")
+"""Codecs that store floats; the others are integers."""
 RECENT = 2
 """Query block i reads block j as it grew if i - j < RECENT."""
 LABEL_TOKENS = 256

@@ -14,6 +14,7 @@ from lacewing.checkpoint.kvplan import KVPLAN, KvPlan, Span
 from lacewing.errors import RequestError
 from lacewing.kv.blocks import BLOCK_SIZE, Keep, Store, blocks_for
 from lacewing.kv.choice import (
+    FLOATS,
     LABEL_TOKENS,
     RECENT,
     KvChoice,
@@ -58,6 +59,11 @@ class KvLayout:
     head_dim: int = 0
     merge: float | None = None
     """The share of a prompt that stays once it is complete; None: all of it. With one store."""
+
+    @property
+    def rounds_keys(self) -> bool:
+        """Whether keys are stored as integers."""
+        return any(plan.format not in (*FLOATS, LABELS) for plan in self.stores)
 
     def place(self, plan: StorePlan) -> tuple[int, int]:
         """The store of `plan` and the number in it of one head more."""
