@@ -19,9 +19,9 @@ import numpy as np
 
 from lacewing import _C
 from lacewing.checkpoint.kvplan import KvPlan, Labels
-from lacewing.kv.blocks import BLOCK_SIZE, Store
+from lacewing.kv.blocks import BLOCK_SIZE
 from lacewing.kv.choice import parse_kv
-from lacewing.kv.layout import lay_out
+from lacewing.kv.layout import LayerShape, lay_out
 
 
 def main() -> None:
@@ -51,23 +51,14 @@ def main() -> None:
 SHORT = 64
 
 
-class Shape:
-    """An `AttentionShape` of one layer without a window."""
-
-    model_type, n_layers, windows = "llama", 1, (0,)
-
-    def __init__(self, kv_heads: int, head_dim: int) -> None:
-        self.n_kv_heads, self.head_dim = kv_heads, head_dim
-
-
 class Layer:
     def __init__(self, kv: str, tokens: int, args: argparse.Namespace) -> None:
-        shape = Shape(args.kv_heads, args.head_dim)
+        shape = LayerShape("llama", args.kv_heads, args.head_dim, 0)
         channels = np.tile(np.arange(args.head_dim // 4, dtype=np.int32), (1, args.kv_heads, 1))
         plan = KvPlan(labels=Labels(channels, np.ones(channels.shape, np.float32)))
         layout = lay_out(shape, parse_kv(kv), plan, 1 << 30)
         last = tokens + BLOCK_SIZE
-        stores = [Store(-(-last // p.block_tokens), p.block_tokens, p.keep) for p in layout.stores]
+        stores = [p.store(-(-last // p.block_tokens)) for p in layout.stores]
         self.cache: Any = _C.KvCache(layout.native(stores), args.kv_heads, args.head_dim)
         self.bytes = self.cache.bytes
         table = np.arange(last // BLOCK_SIZE + 1, dtype=np.int32)

@@ -39,9 +39,8 @@ struct Workplace {
 
   void reserve(int count, size_t partial_bytes, size_t merge_bytes) {
     while (threads.size() < static_cast<size_t>(count)) threads.emplace_back();
-    if (partials.size() < partial_bytes) partials = Memory(partial_bytes);
-    for (Space& space : threads)
-      if (space.attend.merge.size() < merge_bytes) space.attend.merge = Memory(merge_bytes);
+    partials.reserve(partial_bytes);
+    for (Space& space : threads) space.attend.merge.reserve(merge_bytes);
   }
 };
 thread_local Workplace workplace;

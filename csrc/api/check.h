@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <concepts>
 #include <cstdint>
 #include <string>
 
@@ -24,6 +25,13 @@ inline void require_range(const std::string& what, int64_t value, int64_t low, i
   if (value < low || value > high)
     throw nanobind::value_error(
         (what + " must be in " + text(low) + ".." + text(high) + ", got " + text(value)).c_str());
+}
+
+// As above, for loops: what() is only called, and its text made, where the value is wrong.
+template <class What>
+  requires std::invocable<What>
+void require_range(What what, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) require_range(what(), value, low, high);
 }
 
 // "[2, 3]"

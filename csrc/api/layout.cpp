@@ -103,11 +103,13 @@ void check_tables(const std::string& where, const CacheArrays& a, int64_t b,
     const int64_t blocks = last / (store.format == kLabels ? kLabelTokens : kBlock) + 1;
     const int64_t at = static_cast<int64_t>(s) * a.sequences() + b;
     const int32_t* table = a.block_tables.data() + at * max_blocks;
-    for (int64_t j = 0; j < blocks; ++j)  // no text for every block that is right
-      if (table[j] < 0 || table[j] >= store.blocks)
-        require_range(where + ": block_tables[" + text(static_cast<int64_t>(s)) + ", " + text(b) +
-                          ", " + text(j) + "]",
-                      table[j], 0, store.blocks - 1);
+    for (int64_t j = 0; j < blocks; ++j)
+      require_range(
+          [&] {
+            return where + ": block_tables[" + text(static_cast<int64_t>(s)) + ", " + text(b) +
+                   ", " + text(j) + "]";
+          },
+          table[j], 0, store.blocks - 1);
   }
 }
 
@@ -128,7 +130,7 @@ void check_merge(const std::string& where, const CacheArrays& a, int64_t b, int6
   require(blocks <= columns, where + ": merged_tables must have at least " + text(blocks) +
                                  " columns for " + text(keep) + " tokens, got " + text(columns));
   for (int64_t j = 0; j < blocks; ++j)
-    require_range(where + ": merged_tables[" + text(b) + ", " + text(j) + "]",
+    require_range([&] { return where + ": merged_tables[" + text(b) + ", " + text(j) + "]"; },
                   a.merged_tables->data()[b * columns + j], 0, store.blocks - 1);
 }
 

@@ -228,7 +228,7 @@ void check_positions(const CacheArrays& a, const Indices& positions, int64_t b, 
     const int64_t wanted = t == begin ? at : positions.data()[t - 1] + int64_t{1};
     require(at == wanted, "step: positions of sequence " + text(b) + " must be consecutive, got " +
                               text(at) + " after " + text(wanted - 1));
-    require_range("step: positions[" + text(t) + "]", at, 0, context - 1);
+    require_range([&] { return "step: positions[" + text(t) + "]"; }, at, 0, context - 1);
   }
   if (begin < end)
     require_range("step: cached[" + text(b) + "]", a.cached.data()[b], 0, positions.data()[begin]);
@@ -242,7 +242,7 @@ void check_step(const NativeModel& self, const Indices& tokens, const Indices& p
   check_sequences("step", a, count);
   const int64_t vocab = self.model->weights().spec.vocab_size;
   for (int64_t t = 0; t < count; ++t)
-    require_range("step: tokens[" + text(t) + "]", tokens.data()[t], 0, vocab - 1);
+    require_range([&] { return "step: tokens[" + text(t) + "]"; }, tokens.data()[t], 0, vocab - 1);
   for (int64_t b = 0; b < a.sequences(); ++b) check_positions(a, positions, b, self.context);
   bool windows = false;
   for (const Layer& layer : self.model->weights().layers)

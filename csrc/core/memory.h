@@ -31,6 +31,10 @@ class Memory {
   }
   uint8_t* data() const { return as<uint8_t>(); }
   size_t size() const { return bytes_; }
+  // At least so many bytes; if they become more, what was there is lost.
+  void reserve(size_t bytes) {
+    if (bytes_ < bytes) *this = Memory(bytes);
+  }
 
  private:
   void* data_ = nullptr;

@@ -3,14 +3,6 @@
 #include <algorithm>
 
 namespace lacewing {
-namespace {
-
-void reserve(Memory& memory, size_t bytes) {
-  if (memory.size() < bytes) memory = Memory(bytes);
-}
-
-}  // namespace
-
 // ---- where things are
 
 const KvHead& Attend::head_of(const LayerRows& at, int64_t kv_head) const {
@@ -143,7 +135,7 @@ void Attend::attend_lists(const KvHead& head, const AttentionArgs& args, const B
   Listed to = listed(head, args, lists);
   if (to.any_sealed) {
     const int64_t floats = whole_partial_floats(args.rows * args.group_heads, args.head_dim);
-    reserve(space_.partial, static_cast<size_t>(floats) * sizeof(float));
+    space_.partial.reserve(static_cast<size_t>(floats) * sizeof(float));
     to.growing.earlier = space_.partial.as<float>();
     kernels_of(head.sealed).attend_partial(to.sealed, to.growing.earlier);
   }
@@ -183,7 +175,7 @@ void Attend::attend_chosen(const LayerRows& at, const Item& item, AttentionArgs 
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t count = args.last / kBlock + 1, budget = topk_budget(count, layout.topk);
     blocks.resize(static_cast<size_t>(std::min(count, budget)));
-    reserve(space_.select, select_scratch(args.group_heads, count));
+    space_.select.reserve(select_scratch(args.group_heads, count));
     table_.select({args.q, args.head_dim, args.group_heads, args.scale, cache_.blocks(head.labels),
                    table_of(head.labels, tile.sequence), layout.label_channels.data() + first,
                    layout.label_scales.data() + first, layout.channels, args.last, kTopkSinks,

@@ -26,9 +26,7 @@ int64_t private_rows(const Spec& spec) {
 int64_t tile_strips(int64_t m) { return std::max<int64_t>(8, kTileCells / m / 8 * 8); }
 
 void RowsMemory::reserve(const PackedTensor& w, int64_t m) {
-  const size_t bytes = rows_bytes(kFormatInfo[w.format], m, w.k);
-  Memory& mine = memory[grid_of(w)];
-  if (mine.size() < bytes) mine = Memory(bytes);
+  memory[grid_of(w)].reserve(rows_bytes(kFormatInfo[w.format], m, w.k));
 }
 
 Rows RowsMemory::place(const PackedTensor& w, int64_t m) const {
@@ -79,15 +77,13 @@ void Model::reserve_thread(ThreadSpace& space) {
 }
 
 void Model::reserve_partials(int64_t floats) {
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  if (shared_.partials.size() < bytes) shared_.partials = Memory(bytes);
+  shared_.partials.reserve(static_cast<size_t>(floats) * sizeof(float));
 }
 
 void Model::reserve_merge(int64_t tokens) {
   if (tokens == 0) return;
   const size_t bytes = merge_scratch(tokens, weights_.spec.head_dim);
-  for (ThreadSpace& space : thread_)
-    if (space.attend.merge.size() < bytes) space.attend.merge = Memory(bytes);
+  for (ThreadSpace& space : thread_) space.attend.merge.reserve(bytes);
 }
 
 void Model::step(const StepInput& input) {

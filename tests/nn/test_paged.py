@@ -16,8 +16,9 @@ from lacewing.kv.choice import block_bytes, kept_tokens, kv_formats, parse_kv, s
 from tests.isas import USABLE, exact_isa
 
 pytest.importorskip("torch", reason="lacewing.nn needs PyTorch")
+from lacewing.kv.layout import LayerShape
 from lacewing.nn import paged
-from lacewing.nn.paged import LayerShape, PagedLayer
+from lacewing.nn.paged import PagedLayer
 
 Array = np.ndarray[Any, Any]
 

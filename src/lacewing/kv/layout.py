@@ -27,10 +27,34 @@ from lacewing.kv.choice import (
 if TYPE_CHECKING:
     from lacewing.models import AttentionShape
 
-__all__ = ["LABELS", "KvLayout", "check_choice", "check_mergeable", "find_plan", "lay_out"]
+__all__ = [
+    "LABELS",
+    "KvLayout",
+    "LayerShape",
+    "check_choice",
+    "check_mergeable",
+    "find_plan",
+    "lay_out",
+]
 
 LABELS = "labels"
 _NONE = (-1, 0)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """An `AttentionShape` of one layer."""
+
+    model_type: str
+    n_kv_heads: int
+    head_dim: int
+    window: int
+
+    n_layers = 1
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return (self.window,)
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,10 @@ class StorePlan:
     @property
     def block_tokens(self) -> int:
         return LABEL_TOKENS if self.format == LABELS else BLOCK_SIZE
+
+    def store(self, blocks: int) -> Store:
+        """The store, of so many blocks."""
+        return Store(blocks, self.block_tokens, self.keep)
 
 
 @dataclass
@@ -75,11 +103,11 @@ class KvLayout:
         """Stores for so many sequences of `context` tokens, `rows` of them computed at once."""
         found = []
         for plan in self.stores:
-            one = Store(0, plan.block_tokens, plan.keep).peak(context, rows)
+            one = plan.store(0).peak(context, rows)
             # While a prompt is merged, both are there.
             one += blocks_for(kept_tokens(context, self.merge))
             total = max(one, int(one * sequences))
-            found.append(Store(total, plan.block_tokens, plan.keep))
+            found.append(plan.store(total))
         return found
 
     def bytes(self, stores: Sequence[Store]) -> int:

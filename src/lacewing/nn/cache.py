@@ -23,7 +23,7 @@ from lacewing.checkpoint import open_source
 from lacewing.checkpoint.kvplan import KvPlan, fingerprint
 from lacewing.errors import CheckpointError, RequestError, UnsupportedModelError
 from lacewing.kv.choice import KvChoice, parse_kv
-from lacewing.kv.layout import check_choice, check_mergeable, find_plan
+from lacewing.kv.layout import LayerShape, check_choice, check_mergeable, find_plan
 from lacewing.native import check_isa
 from lacewing.nn.masks import (
     AttentionInterface,
@@ -32,7 +32,7 @@ from lacewing.nn.masks import (
     CacheLayerMixin,
     describe_mask,
 )
-from lacewing.nn.paged import LayerShape, PagedLayer
+from lacewing.nn.paged import PagedLayer
 
 __all__ = ["LacewingCache", "attend", "describe_mask"]
 

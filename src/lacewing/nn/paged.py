@@ -20,40 +20,23 @@ from lacewing.errors import RequestError
 from lacewing.kv.blocks import (
     BLOCK_SIZE,
     BlockManager,
-    Store,
     Tables,
     blocks_for,
     stack,
     stack_merged,
 )
 from lacewing.kv.choice import MERGE_ROWS, KvChoice, kept_tokens
-from lacewing.kv.layout import lay_out
+from lacewing.kv.layout import LayerShape, lay_out
 from lacewing.kv.memory import available_memory
 from lacewing.native import compiled
 
-__all__ = ["LayerShape", "PagedLayer"]
+__all__ = ["PagedLayer"]
 
 Floats = NDArray[np.float32]
 
 _PIECE = 512  # columns of a prompt that are stored and attended at once
 _SLACK, _LEAST = 16, 8  # a store grows by a 16th at least, and by 8 blocks
 _ENDLESS = 1 << 30  # tokens: no window is longer
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """An `AttentionShape` of one layer."""
-
-    model_type: str
-    n_kv_heads: int
-    head_dim: int
-    window: int
-
-    n_layers = 1
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        return (self.window,)
 
 
 @dataclass
@@ -99,7 +82,7 @@ class PagedLayer:
         self.shape = shape
         self._share, self._most = choice.merge, _ENDLESS if whole else _PIECE
         self._layout = lay_out(shape, choice, plan, _ENDLESS)
-        stores = [Store(1, p.block_tokens, p.keep) for p in self._layout.stores]
+        stores = [each.store(1) for each in self._layout.stores]
         self._blocks = BlockManager(stores)
         kv = self._layout.native(stores)
         heads = shape.n_kv_heads, shape.head_dim
